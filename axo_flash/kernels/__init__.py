@@ -1,0 +1,1 @@
+"""Attention kernels: one specification (spec), one oracle (reference), several backends (backends)."""

@@ -1,0 +1,86 @@
+"""The table of backends, best first, and the choice among them. A new backend is a row here."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+from axo_flash.kernels.spec import AttentionSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row: `module` has supports(spec, device) -> None | reason, forward(...) -> (out, lse) and
+    backward(...) -> (dq, dk, dv), and is imported at first use (`requires` is what that import needs)."""
+
+    name: str
+    module: str
+    requires: str = "torch"
+    install: str = ""
+
+
+BACKENDS = (
+    Backend("triton", "axo_flash.kernels.triton", requires="triton", install='pip install "axo-flash[flash-attn]"'),
+    Backend("reference", "axo_flash.kernels.reference"),
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that serves a spec, and why (for `auto`: what is wrong with each better one)."""
+
+    name: str
+    module: ModuleType
+    reason: str
+
+
+def choose_backend(spec: AttentionSpec, device: torch.device, name: str = "auto") -> Choice:
+    """The first backend of BACKENDS that computes `spec` on `device`; a better one that cannot is named once in the log.
+
+    Args:
+        name: "auto", or the name of the backend that must serve.
+
+    Raises:
+        ValueError: no such backend, or none that can serve; names every reason.
+    """
+    choice = _choose(spec, torch.device(device), name)
+    if name == "auto" and choice.name != BACKENDS[0].name:
+        _say_once(f"attention runs on the backend '{choice.name}' ({choice.reason})")
+    return choice
+
+
+@lru_cache(maxsize=1024)
+def _choose(spec: AttentionSpec, device: torch.device, name: str) -> Choice:
+    rows = BACKENDS if name == "auto" else [row for row in BACKENDS if row.name == name]
+    if not rows:
+        raise ValueError(f"unknown attention backend {name!r}: choose 'auto' or one of {[row.name for row in BACKENDS]}")
+    refused = []
+    for row in rows:
+        module, reason = _load(row)
+        reason = reason or module.supports(spec, device)
+        if reason is None:
+            why = "; ".join(refused) or ("asked for by name" if name != "auto" else "the best there is")
+            return Choice(row.name, module, why)
+        refused.append(f"not {row.name}: {reason}")
+    raise ValueError(f"no attention backend can serve this call ({'; '.join(refused)}) for {spec} on {device}")
+
+
+def _load(row: Backend) -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module(row.module), None
+    except ModuleNotFoundError as error:
+        if error.name != row.requires:
+            raise
+        return None, f"the package {row.requires} is not installed: {row.install}"
+
+
+@lru_cache(maxsize=None)
+def _say_once(message: str) -> None:
+    logger.warning(message)

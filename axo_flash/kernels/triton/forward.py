@@ -1,0 +1,99 @@
+"""Forward: online softmax over key blocks (FlashAttention-2, Dao 2023, algorithm 1), one program a tile of queries."""
+
+import torch
+import triton
+import triton.language as tl
+
+from axo_flash.kernels.spec import AttentionSpec
+from axo_flash.kernels.triton.launch import Call, run_tuned
+from axo_flash.kernels.triton.tiles import LN2, LOG2E, block_range, dot, head_base, load_tile, locate, store_tile, visible
+
+
+@triton.jit
+def _blocks(acc, m, l, q, k_base, v_base, stride_kn, stride_vn, lo, hi, row, seqlen_q, seqlen_k, left, right, scale_log2,
+            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+            UNIT: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """Fold the key blocks in [lo, hi) into acc [BLOCK_M, BLOCK_D], the row maxima m and the row sums l [BLOCK_M]."""
+    rows = row + tl.arange(0, BLOCK_M)
+    for col in tl.range(lo, hi, BLOCK_N):
+        k = load_tile(k_base, col, stride_kn, seqlen_k, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, MASKED)
+        s = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+        if MASKED:
+            cols = col + tl.arange(0, BLOCK_N)
+            seen = visible(rows[:, None], cols[None, :], seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT)
+            s = tl.where(seen, s, -float("inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        shift = m_new * scale_log2
+        if MASKED:  # a row that has seen nothing yet: keep -inf - -inf out of the exponent
+            shift = tl.where(m_new == -float("inf"), 0.0, shift)
+        p = tl.math.exp2(s * scale_log2 - shift[:, None])
+        alpha = tl.math.exp2(m * scale_log2 - shift)
+        l = l * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None]
+        v = load_tile(v_base, col, stride_vn, seqlen_k, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, MASKED)
+        acc += dot(p.to(v.dtype), v)
+        m = m_new
+    return acc, m, l
+
+
+@triton.jit(do_not_specialize=["batch", "total_q", "seqlen_q", "seqlen_k", "num_tiles", "left", "right"])
+def forward_kernel(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
+                   stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+                   stride_ob, stride_om, stride_oh,
+                   batch, total_q, seqlen_q, seqlen_k, num_tiles, num_heads, left, right, scale_log2,
+                   GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
+                   VARLEN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """grid: (tiles of one head * heads,), the tiles of a head side by side so that they share its k and v in L2."""
+    tiles_of_head = tl.num_programs(0) // num_heads
+    head = tl.program_id(0) // tiles_of_head
+    sequence, start_q, start_k, seqlen_q, seqlen_k, row = locate(
+        tl.program_id(0) % tiles_of_head, cu_seqlens_q, cu_seqlens_k, batch, total_q, seqlen_q, seqlen_k, num_tiles,
+        BLOCK_M, VARLEN, HAS_RIGHT)
+    if row >= seqlen_q:
+        return
+    lse_start = (sequence.to(tl.int64) * num_heads + head) * seqlen_q
+    if VARLEN:
+        lse_start = head.to(tl.int64) * total_q + start_q
+        sequence = 0
+    q_base = head_base(q, sequence, start_q, head, stride_qb, stride_qm, stride_qh, UNIT)
+    k_base = head_base(k, sequence, start_k, head // GROUP, stride_kb, stride_kn, stride_kh, UNIT)
+    v_base = head_base(v, sequence, start_k, head // GROUP, stride_vb, stride_vn, stride_vh, UNIT)
+    out_base = head_base(out, sequence, start_q, head, stride_ob, stride_om, stride_oh, UNIT)
+
+    q_tile = load_tile(q_base, row, stride_qm, seqlen_q, BLOCK_M, HEAD_DIM, BLOCK_D, UNIT, True)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    lo, full_lo, full_hi, hi = block_range(row, seqlen_q, seqlen_k, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
+    if HAS_LEFT:
+        acc, m, l = _blocks(acc, m, l, q_tile, k_base, v_base, stride_kn, stride_vn, lo, full_lo, row, seqlen_q, seqlen_k,
+                            left, right, scale_log2, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, True, HAS_LEFT, HAS_RIGHT)
+    acc, m, l = _blocks(acc, m, l, q_tile, k_base, v_base, stride_kn, stride_vn, full_lo, full_hi, row, seqlen_q, seqlen_k,
+                        left, right, scale_log2, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, False, HAS_LEFT, HAS_RIGHT)
+    acc, m, l = _blocks(acc, m, l, q_tile, k_base, v_base, stride_kn, stride_vn, full_hi, hi, row, seqlen_q, seqlen_k,
+                        left, right, scale_log2, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, True, HAS_LEFT, HAS_RIGHT)
+
+    empty = l == 0.0  # a row that sees no key: output 0, lse -inf
+    acc = acc / tl.where(empty, 1.0, l)[:, None]
+    store_tile(out_base, row, stride_om, seqlen_q, acc, BLOCK_M, HEAD_DIM, BLOCK_D, UNIT)
+    rows = row + tl.arange(0, BLOCK_M)
+    log_sum = tl.where(empty, -float("inf"), m * (scale_log2 * LN2) + tl.log(tl.where(empty, 1.0, l)))
+    tl.store(lse + lse_start + rows, log_sum, mask=rows < seqlen_q)
+
+
+def forward(q, k, v, *, spec: AttentionSpec, cu_seqlens_q=None, cu_seqlens_k=None):
+    """out like q, contiguous, and lse fp32 (batch, num_heads, seqlen_q) or (num_heads, total_q)."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    call = Call(spec, cu_seqlens_q, q, k, v, out)
+    lse = torch.empty(call.lse_shape, dtype=torch.float32, device=q.device)
+
+    def run(config):
+        forward_kernel[call.grid(q, config.rows)](
+            q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *call.strides, call.batch, q.shape[0], call.seqlen_q,
+            call.seqlen_k, call.tiles(q, config.rows), spec.num_heads, call.left, call.right,
+            spec.softmax_scale * LOG2E.value, **call.constants, BLOCK_M=config.rows, BLOCK_N=config.cols, **config.options)
+
+    if q.numel():
+        run_tuned("forward", spec, q.device, run)
+    return out, lse

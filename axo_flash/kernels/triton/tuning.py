@@ -1,0 +1,109 @@
+"""Tile sizes by (kernel, architecture, padded head_dim): the first of each row is the default, all are autotuning candidates.
+
+sm_90 was measured on an H100 (scripts/bench/NOTES.md); the others are chosen to fit shared memory and registers
+(tests/test_compile.py compiles them for each architecture and refuses spills).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """rows x cols (queries x keys) of a tile, warps of a program, stages of the load pipeline."""
+
+    rows: int
+    cols: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+INTERPRETER = {
+    "forward": Config(32, 16, 4, 1),
+    "delta": Config(32, 0, 4, 1),
+    "dkdv": Config(16, 32, 4, 1),
+    "dq": Config(32, 16, 4, 1),
+}
+
+# Shared memory a program may use, KiB: sm_75 64, sm_80 163, sm_86/89/120 99, sm_90/100 227.
+_TABLE: dict[tuple[str, str], dict[int, list[Config]]] = {
+    ("forward", "sm_90"): {
+        64: [Config(128, 128, 4, 2), Config(128, 64, 4, 3), Config(128, 128, 8, 3), Config(64, 64, 4, 3)],
+        128: [Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(128, 64, 4, 3), Config(64, 64, 4, 3)],
+        256: [Config(128, 64, 8, 2), Config(128, 32, 8, 3), Config(64, 64, 4, 2)],
+    },
+    ("dkdv", "sm_90"): {
+        64: [Config(64, 128, 8, 2), Config(64, 128, 4, 2), Config(64, 64, 4, 3), Config(128, 128, 8, 2)],
+        128: [Config(64, 128, 8, 2), Config(64, 64, 4, 2), Config(32, 128, 8, 2), Config(64, 128, 8, 3)],
+        256: [Config(32, 64, 8, 1), Config(64, 64, 8, 1)],
+    },
+    ("dq", "sm_90"): {
+        64: [Config(128, 64, 4, 3), Config(128, 128, 8, 2), Config(64, 64, 4, 3)],
+        128: [Config(128, 64, 8, 3), Config(128, 128, 8, 2), Config(64, 64, 4, 2)],
+        256: [Config(64, 32, 8, 2), Config(64, 64, 8, 1)],
+    },
+    ("forward", "sm_80"): {
+        64: [Config(128, 64, 4, 3), Config(128, 32, 4, 4)],
+        128: [Config(128, 64, 8, 3), Config(128, 32, 4, 3)],
+        256: [Config(64, 32, 4, 2), Config(128, 32, 8, 2)],
+    },
+    ("dkdv", "sm_80"): {
+        64: [Config(64, 128, 8, 2), Config(64, 64, 4, 2)],
+        128: [Config(32, 128, 8, 2), Config(32, 64, 4, 2)],
+        256: [Config(32, 64, 8, 1)],
+    },
+    ("dq", "sm_80"): {
+        64: [Config(128, 64, 8, 2), Config(64, 64, 4, 2)],
+        128: [Config(128, 32, 8, 2), Config(64, 32, 4, 2)],
+        256: [Config(64, 32, 8, 1)],
+    },
+    # 99 KiB: RTX 30, RTX 40, L4, RTX 50
+    ("forward", "sm_86"): {
+        64: [Config(128, 64, 4, 2), Config(64, 64, 4, 2)],
+        128: [Config(128, 32, 4, 2), Config(64, 64, 4, 2)],
+        256: [Config(64, 32, 4, 1)],
+    },
+    ("dkdv", "sm_86"): {
+        64: [Config(64, 64, 4, 2), Config(64, 128, 8, 1)],
+        128: [Config(32, 64, 4, 2), Config(32, 64, 4, 1)],
+        256: [Config(16, 64, 8, 1)],
+    },
+    ("dq", "sm_86"): {
+        64: [Config(64, 64, 4, 2)],
+        128: [Config(64, 32, 4, 2)],
+        256: [Config(64, 16, 8, 1)],
+    },
+    # 64 KiB, fp16 only: T4
+    ("forward", "sm_75"): {64: [Config(64, 32, 4, 2)], 128: [Config(64, 32, 4, 1)], 256: [Config(32, 16, 4, 1)]},
+    ("dkdv", "sm_75"): {64: [Config(32, 64, 4, 1)], 128: [Config(16, 64, 4, 1)], 256: [Config(16, 32, 4, 1)]},
+    ("dq", "sm_75"): {64: [Config(64, 32, 4, 1)], 128: [Config(64, 16, 4, 1)], 256: [Config(32, 16, 4, 1)]},
+    # 64 KiB of LDS: MI200, MI300
+    ("forward", "amd"): {64: [Config(128, 64, 4, 1)], 128: [Config(128, 64, 4, 1)], 256: [Config(64, 32, 4, 1)]},
+    ("dkdv", "amd"): {64: [Config(32, 64, 4, 1)], 128: [Config(32, 64, 4, 1)], 256: [Config(16, 32, 4, 1)]},
+    ("dq", "amd"): {64: [Config(64, 32, 4, 1)], 128: [Config(64, 32, 4, 1)], 256: [Config(32, 16, 4, 1)]},
+}
+_DELTA = Config(64, 0, 4, 1)
+ARCHITECTURES = sorted({arch for _, arch in _TABLE})
+
+
+def architecture(major: int, minor: int) -> str:
+    """The row of the table for a CUDA compute capability."""
+    if (major, minor) == (8, 0):
+        return "sm_80"
+    return {7: "sm_75", 8: "sm_86", 9: "sm_90", 10: "sm_90", 11: "sm_90", 12: "sm_86"}.get(major, "sm_86")
+
+
+def candidates(kernel: str, arch: str, block_d: int, banded: bool) -> list[Config]:
+    """The configurations to choose from; the first is the default."""
+    if kernel == "delta":
+        return [_DELTA]
+    return _TABLE[kernel, arch][max(block_d, 64)]
+
+
+def default(kernel: str, arch: str, block_d: int, banded: bool) -> Config:
+    return candidates(kernel, arch, block_d, banded)[0]
