@@ -12,7 +12,19 @@ import triton.language as tl
 
 from axo_flash.kernels.spec import AttentionSpec
 from axo_flash.kernels.triton.launch import Call, block_d, run_tuned, stride_unit
-from axo_flash.kernels.triton.tiles import LOG2E, block_range, dot, head_base, load_tile, locate, store_tile, visible
+from axo_flash.kernels.triton.tiles import (
+    LOG2E,
+    block_number,
+    block_range,
+    dot,
+    head_base,
+    load_tile,
+    locate,
+    num_masked,
+    store_tile,
+    stream_tile,
+    visible,
+)
 
 
 @triton.jit(do_not_specialize=["seqlen"])
@@ -37,27 +49,27 @@ def delta_kernel(out, dout, dlse, delta, stride_ob, stride_om, stride_oh, stride
 
 
 @triton.jit
-def _dkdv_blocks(dk, dv, k, v, q_base, dout_base, lse, delta, stride_qm, stride_dm, lo, hi, col, seqlen_q, seqlen_k,
-                 left, right, scale_log2,
+def _dkdv_blocks(dk, dv, k, v, q_desc, dout_desc, q_base, dout_base, lse, delta, stats, sequence, start_q, head,
+                 stride_qm, stride_dm, count, lo, full_lo, full_hi, col, seqlen_q, seqlen_k, left, right, scale_log2,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-                 UNIT: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """Add what the query blocks in [lo, hi) contribute to dk and dv [BLOCK_N, BLOCK_D] of the keys col, col + 1, ..."""
+                 UNIT: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+                 VARLEN: tl.constexpr, TMA: tl.constexpr):
+    """Add what `count` query blocks, the masked or the full ones, contribute to dk and dv [BLOCK_N, BLOCK_D] of the keys col, col + 1, ..."""
     cols = col + tl.arange(0, BLOCK_N)
-    for row in tl.range(lo, hi, BLOCK_M):
+    for i in tl.range(0, count, num_stages=1 if MASKED else None):  # the masked blocks are few: save registers
+        row = block_number(i, lo, full_lo, full_hi, MASKED) * BLOCK_M
         rows = row + tl.arange(0, BLOCK_M)
-        q = load_tile(q_base, row, stride_qm, seqlen_q, BLOCK_M, HEAD_DIM, BLOCK_D, UNIT, MASKED)
-        if MASKED:
-            lse_row = tl.load(lse + rows, mask=rows < seqlen_q, other=0.0)
-            delta_row = tl.load(delta + rows, mask=rows < seqlen_q, other=0.0)
-        else:
-            lse_row = tl.load(lse + rows)
-            delta_row = tl.load(delta + rows)
+        q = stream_tile(q_desc, q_base, sequence, start_q, head, row, stride_qm, seqlen_q,
+                        BLOCK_M, HEAD_DIM, BLOCK_D, UNIT, MASKED, VARLEN, TMA)
+        lse_row = tl.load(lse + stats + rows, mask=rows < seqlen_q if MASKED else None)
+        delta_row = tl.load(delta + stats + rows, mask=rows < seqlen_q if MASKED else None)
         s_t = dot(k, tl.trans(q))  # [BLOCK_N, BLOCK_M]
         p_t = tl.math.exp2(s_t * scale_log2 - (lse_row * LOG2E)[None, :])
         if MASKED:
             seen = visible(rows[None, :], cols[:, None], seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT)
             p_t = tl.where(seen, p_t, 0.0)
-        do = load_tile(dout_base, row, stride_dm, seqlen_q, BLOCK_M, HEAD_DIM, BLOCK_D, UNIT, MASKED)
+        do = stream_tile(dout_desc, dout_base, sequence, start_q, head, row, stride_dm, seqlen_q,
+                         BLOCK_M, HEAD_DIM, BLOCK_D, UNIT, MASKED, VARLEN, TMA)
         dv += dot(p_t.to(do.dtype), do)
         dp_t = dot(v, tl.trans(do))
         ds_t = p_t * (dp_t - delta_row[None, :])
@@ -66,13 +78,13 @@ def _dkdv_blocks(dk, dv, k, v, q_base, dout_base, lse, delta, stride_qm, stride_
 
 
 @triton.jit(do_not_specialize=["batch", "total_q", "total_k", "seqlen_q", "seqlen_k", "num_tiles", "left", "right"])
-def dkdv_kernel(q, k, v, dout, dk, dv, lse, delta, cu_seqlens_q, cu_seqlens_k,
+def dkdv_kernel(q, k, v, dout, q_desc, dout_desc, dk, dv, lse, delta, cu_seqlens_q, cu_seqlens_k,
                 stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
                 stride_db, stride_dm, stride_dh, stride_dkb, stride_dkn, stride_dkh, stride_dvb, stride_dvn, stride_dvh,
                 batch, total_q, total_k, seqlen_q, seqlen_k, num_tiles, num_kv_heads, left, right, scale_log2, scale,
                 GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
                 VARLEN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):
     """grid: (tiles of one kv head * kv heads,)"""
     tiles_of_head = tl.num_programs(0) // num_kv_heads
     kv_head = tl.program_id(0) // tiles_of_head
@@ -100,19 +112,16 @@ def dkdv_kernel(q, k, v, dout, dk, dv, lse, delta, cu_seqlens_q, cu_seqlens_k,
             stats = head.to(tl.int64) * total_q + start_q
         else:
             stats = (sequence.to(tl.int64) * num_kv_heads * GROUP + head) * seqlen_q
-        if HAS_RIGHT:
-            acc_dk, acc_dv = _dkdv_blocks(
-                acc_dk, acc_dv, k_tile, v_tile, q_base, dout_base, lse + stats, delta + stats, stride_qm, stride_dm,
-                lo, full_lo, col, seqlen_q, seqlen_k, left, right, scale_log2,
-                BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, True, HAS_LEFT, HAS_RIGHT)
         acc_dk, acc_dv = _dkdv_blocks(
-            acc_dk, acc_dv, k_tile, v_tile, q_base, dout_base, lse + stats, delta + stats, stride_qm, stride_dm,
-            full_lo, full_hi, col, seqlen_q, seqlen_k, left, right, scale_log2,
-            BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, False, HAS_LEFT, HAS_RIGHT)
+            acc_dk, acc_dv, k_tile, v_tile, q_desc, dout_desc, q_base, dout_base, lse, delta, stats,
+            sequence, start_q, head, stride_qm, stride_dm,
+            num_masked(lo, full_lo, full_hi, hi), lo, full_lo, full_hi, col, seqlen_q, seqlen_k, left, right, scale_log2,
+            BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, True, HAS_LEFT, HAS_RIGHT, VARLEN, TMA)
         acc_dk, acc_dv = _dkdv_blocks(
-            acc_dk, acc_dv, k_tile, v_tile, q_base, dout_base, lse + stats, delta + stats, stride_qm, stride_dm,
-            full_hi, hi, col, seqlen_q, seqlen_k, left, right, scale_log2,
-            BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, True, HAS_LEFT, HAS_RIGHT)
+            acc_dk, acc_dv, k_tile, v_tile, q_desc, dout_desc, q_base, dout_base, lse, delta, stats,
+            sequence, start_q, head, stride_qm, stride_dm,
+            full_hi - full_lo, lo, full_lo, full_hi, col, seqlen_q, seqlen_k, left, right, scale_log2,
+            BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, False, HAS_LEFT, HAS_RIGHT, VARLEN, TMA)
 
     dk_base = head_base(dk, sequence, start_k, kv_head, stride_dkb, stride_dkn, stride_dkh, UNIT)
     dv_base = head_base(dv, sequence, start_k, kv_head, stride_dvb, stride_dvn, stride_dvh, UNIT)
@@ -121,15 +130,19 @@ def dkdv_kernel(q, k, v, dout, dk, dv, lse, delta, cu_seqlens_q, cu_seqlens_k,
 
 
 @triton.jit
-def _dq_blocks(dq, q, do, lse, delta, k_base, v_base, stride_kn, stride_vn, lo, hi, row, seqlen_q, seqlen_k, left, right,
-               scale_log2,
+def _dq_blocks(dq, q, do, lse, delta, k_desc, v_desc, k_base, v_base, sequence, start_k, kv_head, stride_kn, stride_vn,
+               count, lo, full_lo, full_hi, row, seqlen_q, seqlen_k, left, right, scale_log2,
                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-               UNIT: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """Add what the key blocks in [lo, hi) contribute to dq [BLOCK_M, BLOCK_D] of the queries row, row + 1, ..."""
+               UNIT: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+               VARLEN: tl.constexpr, TMA: tl.constexpr):
+    """Add what `count` key blocks, the masked or the full ones, contribute to dq [BLOCK_M, BLOCK_D] of the queries row, row + 1, ..."""
     rows = row + tl.arange(0, BLOCK_M)
-    for col in tl.range(lo, hi, BLOCK_N):
-        k = load_tile(k_base, col, stride_kn, seqlen_k, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, MASKED)
-        v = load_tile(v_base, col, stride_vn, seqlen_k, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, MASKED)
+    for i in tl.range(0, count, num_stages=1 if MASKED else None):  # the masked blocks are few: save registers
+        col = block_number(i, lo, full_lo, full_hi, MASKED) * BLOCK_N
+        k = stream_tile(k_desc, k_base, sequence, start_k, kv_head, col, stride_kn, seqlen_k,
+                        BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, MASKED, VARLEN, TMA)
+        v = stream_tile(v_desc, v_base, sequence, start_k, kv_head, col, stride_vn, seqlen_k,
+                        BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, MASKED, VARLEN, TMA)
         s = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
         p = tl.math.exp2(s * scale_log2 - (lse * LOG2E)[:, None])
         if MASKED:
@@ -143,16 +156,17 @@ def _dq_blocks(dq, q, do, lse, delta, k_base, v_base, stride_kn, stride_vn, lo, 
 
 
 @triton.jit(do_not_specialize=["batch", "total_q", "seqlen_q", "seqlen_k", "num_tiles", "left", "right"])
-def dq_kernel(q, k, v, dout, dq, lse, delta, cu_seqlens_q, cu_seqlens_k,
+def dq_kernel(q, k, v, dout, k_desc, v_desc, dq, lse, delta, cu_seqlens_q, cu_seqlens_k,
               stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
               stride_db, stride_dm, stride_dh, stride_dqb, stride_dqm, stride_dqh,
               batch, total_q, seqlen_q, seqlen_k, num_tiles, num_heads, left, right, scale_log2, scale,
               GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
               VARLEN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):
     """grid: (tiles of one head * heads,)"""
     tiles_of_head = tl.num_programs(0) // num_heads
     head = tl.program_id(0) // tiles_of_head
+    kv_head = head // GROUP
     sequence, start_q, start_k, seqlen_q, seqlen_k, row = locate(
         tl.program_id(0) % tiles_of_head, cu_seqlens_q, cu_seqlens_k, batch, total_q, seqlen_q, seqlen_k, num_tiles,
         BLOCK_M, VARLEN, HAS_RIGHT)
@@ -163,8 +177,8 @@ def dq_kernel(q, k, v, dout, dq, lse, delta, cu_seqlens_q, cu_seqlens_k,
         stats = head.to(tl.int64) * total_q + start_q
         sequence = 0
     q_base = head_base(q, sequence, start_q, head, stride_qb, stride_qm, stride_qh, UNIT)
-    k_base = head_base(k, sequence, start_k, head // GROUP, stride_kb, stride_kn, stride_kh, UNIT)
-    v_base = head_base(v, sequence, start_k, head // GROUP, stride_vb, stride_vn, stride_vh, UNIT)
+    k_base = head_base(k, sequence, start_k, kv_head, stride_kb, stride_kn, stride_kh, UNIT)
+    v_base = head_base(v, sequence, start_k, kv_head, stride_vb, stride_vn, stride_vh, UNIT)
     dout_base = head_base(dout, sequence, start_q, head, stride_db, stride_dm, stride_dh, UNIT)
     dq_base = head_base(dq, sequence, start_q, head, stride_dqb, stride_dqm, stride_dqh, UNIT)
 
@@ -175,16 +189,14 @@ def dq_kernel(q, k, v, dout, dq, lse, delta, cu_seqlens_q, cu_seqlens_k,
     delta_row = tl.load(delta + stats + rows, mask=rows < seqlen_q, other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     lo, full_lo, full_hi, hi = block_range(row, seqlen_q, seqlen_k, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
-    if HAS_LEFT:
-        acc = _dq_blocks(acc, q_tile, do_tile, lse_row, delta_row, k_base, v_base, stride_kn, stride_vn, lo, full_lo, row,
-                         seqlen_q, seqlen_k, left, right, scale_log2,
-                         BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, True, HAS_LEFT, HAS_RIGHT)
-    acc = _dq_blocks(acc, q_tile, do_tile, lse_row, delta_row, k_base, v_base, stride_kn, stride_vn, full_lo, full_hi, row,
-                     seqlen_q, seqlen_k, left, right, scale_log2,
-                     BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, False, HAS_LEFT, HAS_RIGHT)
-    acc = _dq_blocks(acc, q_tile, do_tile, lse_row, delta_row, k_base, v_base, stride_kn, stride_vn, full_hi, hi, row,
-                     seqlen_q, seqlen_k, left, right, scale_log2,
-                     BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, True, HAS_LEFT, HAS_RIGHT)
+    acc = _dq_blocks(acc, q_tile, do_tile, lse_row, delta_row, k_desc, v_desc, k_base, v_base, sequence, start_k, kv_head,
+                     stride_kn, stride_vn,
+                     num_masked(lo, full_lo, full_hi, hi), lo, full_lo, full_hi, row, seqlen_q, seqlen_k, left, right,
+                     scale_log2, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, True, HAS_LEFT, HAS_RIGHT, VARLEN, TMA)
+    acc = _dq_blocks(acc, q_tile, do_tile, lse_row, delta_row, k_desc, v_desc, k_base, v_base, sequence, start_k, kv_head,
+                     stride_kn, stride_vn,
+                     full_hi - full_lo, lo, full_lo, full_hi, row, seqlen_q, seqlen_k, left, right,
+                     scale_log2, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, False, HAS_LEFT, HAS_RIGHT, VARLEN, TMA)
     store_tile(dq_base, row, stride_dqm, seqlen_q, acc * scale, BLOCK_M, HEAD_DIM, BLOCK_D, UNIT)
 
 
@@ -196,17 +208,22 @@ def backward(dout, q, k, v, out, lse, *, spec: AttentionSpec, cu_seqlens_q=None,
 
     def run_dkdv(config):
         call = Call(spec, cu_seqlens_q, q, k, v, dout, dk, dv)
+        tma = config.tma and call.can_describe(q, dout)
+        q_desc, dout_desc = (call.describe(x, config.rows) if tma else None for x in (q, dout))
         dkdv_kernel[call.grid(k, config.cols)](
-            q, k, v, dout, dk, dv, lse, delta, cu_seqlens_q, cu_seqlens_k, *call.strides, call.batch, q.shape[0],
-            k.shape[0], call.seqlen_q, call.seqlen_k, call.tiles(k, config.cols), spec.num_kv_heads, call.left, call.right,
-            *scales, **call.constants, BLOCK_M=config.rows, BLOCK_N=config.cols, **config.options)
+            q, k, v, dout, q_desc, dout_desc, dk, dv, lse, delta, cu_seqlens_q, cu_seqlens_k, *call.strides, call.batch,
+            q.shape[0], k.shape[0], call.seqlen_q, call.seqlen_k, call.tiles(k, config.cols), spec.num_kv_heads,
+            call.left, call.right, *scales, **call.constants, BLOCK_M=config.rows, BLOCK_N=config.cols, TMA=tma,
+            **config.options)
 
     def run_dq(config):
         call = Call(spec, cu_seqlens_q, q, k, v, dout, dq)
+        tma = config.tma and call.can_describe(k, v)
+        k_desc, v_desc = (call.describe(x, config.cols) if tma else None for x in (k, v))
         dq_kernel[call.grid(q, config.rows)](
-            q, k, v, dout, dq, lse, delta, cu_seqlens_q, cu_seqlens_k, *call.strides, call.batch, q.shape[0],
-            call.seqlen_q, call.seqlen_k, call.tiles(q, config.rows), spec.num_heads, call.left, call.right,
-            *scales, **call.constants, BLOCK_M=config.rows, BLOCK_N=config.cols, **config.options)
+            q, k, v, dout, k_desc, v_desc, dq, lse, delta, cu_seqlens_q, cu_seqlens_k, *call.strides, call.batch,
+            q.shape[0], call.seqlen_q, call.seqlen_k, call.tiles(q, config.rows), spec.num_heads, call.left, call.right,
+            *scales, **call.constants, BLOCK_M=config.rows, BLOCK_N=config.cols, TMA=tma, **config.options)
 
     if k.numel():
         run_tuned("dkdv", spec, q.device, run_dkdv)

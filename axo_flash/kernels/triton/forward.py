@@ -6,17 +6,34 @@ import triton.language as tl
 
 from axo_flash.kernels.spec import AttentionSpec
 from axo_flash.kernels.triton.launch import Call, run_tuned
-from axo_flash.kernels.triton.tiles import LN2, LOG2E, block_range, dot, head_base, load_tile, locate, store_tile, visible
+from axo_flash.kernels.triton.tiles import (
+    LN2,
+    LOG2E,
+    block_number,
+    block_range,
+    dot,
+    head_base,
+    load_tile,
+    locate,
+    num_masked,
+    store_tile,
+    stream_tile,
+    visible,
+)
 
 
 @triton.jit
-def _blocks(acc, m, l, q, k_base, v_base, stride_kn, stride_vn, lo, hi, row, seqlen_q, seqlen_k, left, right, scale_log2,
+def _blocks(acc, m, l, q, k_desc, v_desc, k_base, v_base, sequence, start_k, kv_head, stride_kn, stride_vn,
+            count, lo, full_lo, full_hi, row, seqlen_q, seqlen_k, left, right, scale_log2,
             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-            UNIT: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """Fold the key blocks in [lo, hi) into acc [BLOCK_M, BLOCK_D], the row maxima m and the row sums l [BLOCK_M]."""
+            UNIT: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+            VARLEN: tl.constexpr, TMA: tl.constexpr):
+    """Fold `count` key blocks, the masked or the full ones, into acc [BLOCK_M, BLOCK_D], row maxima m and row sums l [BLOCK_M]."""
     rows = row + tl.arange(0, BLOCK_M)
-    for col in tl.range(lo, hi, BLOCK_N):
-        k = load_tile(k_base, col, stride_kn, seqlen_k, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, MASKED)
+    for i in tl.range(0, count, num_stages=1 if MASKED else None):  # the masked blocks are few: save registers
+        col = block_number(i, lo, full_lo, full_hi, MASKED) * BLOCK_N
+        k = stream_tile(k_desc, k_base, sequence, start_k, kv_head, col, stride_kn, seqlen_k,
+                        BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, MASKED, VARLEN, TMA)
         s = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
         if MASKED:
             cols = col + tl.arange(0, BLOCK_N)
@@ -30,23 +47,25 @@ def _blocks(acc, m, l, q, k_base, v_base, stride_kn, stride_vn, lo, hi, row, seq
         alpha = tl.math.exp2(m * scale_log2 - shift)
         l = l * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
-        v = load_tile(v_base, col, stride_vn, seqlen_k, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, MASKED)
+        v = stream_tile(v_desc, v_base, sequence, start_k, kv_head, col, stride_vn, seqlen_k,
+                        BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, MASKED, VARLEN, TMA)
         acc += dot(p.to(v.dtype), v)
         m = m_new
     return acc, m, l
 
 
 @triton.jit(do_not_specialize=["batch", "total_q", "seqlen_q", "seqlen_k", "num_tiles", "left", "right"])
-def forward_kernel(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
+def forward_kernel(q, k, v, k_desc, v_desc, out, lse, cu_seqlens_q, cu_seqlens_k,
                    stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
                    stride_ob, stride_om, stride_oh,
                    batch, total_q, seqlen_q, seqlen_k, num_tiles, num_heads, left, right, scale_log2,
                    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
                    VARLEN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):
     """grid: (tiles of one head * heads,), the tiles of a head side by side so that they share its k and v in L2."""
     tiles_of_head = tl.num_programs(0) // num_heads
     head = tl.program_id(0) // tiles_of_head
+    kv_head = head // GROUP
     sequence, start_q, start_k, seqlen_q, seqlen_k, row = locate(
         tl.program_id(0) % tiles_of_head, cu_seqlens_q, cu_seqlens_k, batch, total_q, seqlen_q, seqlen_k, num_tiles,
         BLOCK_M, VARLEN, HAS_RIGHT)
@@ -57,8 +76,8 @@ def forward_kernel(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
         lse_start = head.to(tl.int64) * total_q + start_q
         sequence = 0
     q_base = head_base(q, sequence, start_q, head, stride_qb, stride_qm, stride_qh, UNIT)
-    k_base = head_base(k, sequence, start_k, head // GROUP, stride_kb, stride_kn, stride_kh, UNIT)
-    v_base = head_base(v, sequence, start_k, head // GROUP, stride_vb, stride_vn, stride_vh, UNIT)
+    k_base = head_base(k, sequence, start_k, kv_head, stride_kb, stride_kn, stride_kh, UNIT)
+    v_base = head_base(v, sequence, start_k, kv_head, stride_vb, stride_vn, stride_vh, UNIT)
     out_base = head_base(out, sequence, start_q, head, stride_ob, stride_om, stride_oh, UNIT)
 
     q_tile = load_tile(q_base, row, stride_qm, seqlen_q, BLOCK_M, HEAD_DIM, BLOCK_D, UNIT, True)
@@ -66,13 +85,12 @@ def forward_kernel(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     lo, full_lo, full_hi, hi = block_range(row, seqlen_q, seqlen_k, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
-    if HAS_LEFT:
-        acc, m, l = _blocks(acc, m, l, q_tile, k_base, v_base, stride_kn, stride_vn, lo, full_lo, row, seqlen_q, seqlen_k,
-                            left, right, scale_log2, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, True, HAS_LEFT, HAS_RIGHT)
-    acc, m, l = _blocks(acc, m, l, q_tile, k_base, v_base, stride_kn, stride_vn, full_lo, full_hi, row, seqlen_q, seqlen_k,
-                        left, right, scale_log2, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, False, HAS_LEFT, HAS_RIGHT)
-    acc, m, l = _blocks(acc, m, l, q_tile, k_base, v_base, stride_kn, stride_vn, full_hi, hi, row, seqlen_q, seqlen_k,
-                        left, right, scale_log2, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, True, HAS_LEFT, HAS_RIGHT)
+    acc, m, l = _blocks(acc, m, l, q_tile, k_desc, v_desc, k_base, v_base, sequence, start_k, kv_head, stride_kn, stride_vn,
+                        num_masked(lo, full_lo, full_hi, hi), lo, full_lo, full_hi, row, seqlen_q, seqlen_k, left, right, scale_log2,
+                        BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, True, HAS_LEFT, HAS_RIGHT, VARLEN, TMA)
+    acc, m, l = _blocks(acc, m, l, q_tile, k_desc, v_desc, k_base, v_base, sequence, start_k, kv_head, stride_kn, stride_vn,
+                        full_hi - full_lo, lo, full_lo, full_hi, row, seqlen_q, seqlen_k, left, right, scale_log2,
+                        BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, False, HAS_LEFT, HAS_RIGHT, VARLEN, TMA)
 
     empty = l == 0.0  # a row that sees no key: output 0, lse -inf
     acc = acc / tl.where(empty, 1.0, l)[:, None]
@@ -89,10 +107,13 @@ def forward(q, k, v, *, spec: AttentionSpec, cu_seqlens_q=None, cu_seqlens_k=Non
     lse = torch.empty(call.lse_shape, dtype=torch.float32, device=q.device)
 
     def run(config):
+        tma = config.tma and call.can_describe(k, v)
+        k_desc, v_desc = (call.describe(x, config.cols) if tma else None for x in (k, v))
         forward_kernel[call.grid(q, config.rows)](
-            q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *call.strides, call.batch, q.shape[0], call.seqlen_q,
-            call.seqlen_k, call.tiles(q, config.rows), spec.num_heads, call.left, call.right,
-            spec.softmax_scale * LOG2E.value, **call.constants, BLOCK_M=config.rows, BLOCK_N=config.cols, **config.options)
+            q, k, v, k_desc, v_desc, out, lse, cu_seqlens_q, cu_seqlens_k, *call.strides, call.batch, q.shape[0],
+            call.seqlen_q, call.seqlen_k, call.tiles(q, config.rows), spec.num_heads, call.left, call.right,
+            spec.softmax_scale * LOG2E.value, **call.constants, BLOCK_M=config.rows, BLOCK_N=config.cols, TMA=tma,
+            **config.options)
 
     if q.numel():
         run_tuned("forward", spec, q.device, run)

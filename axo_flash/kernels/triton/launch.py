@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from axo_flash.kernels.spec import AttentionSpec
 from axo_flash.kernels.triton.tiles import INTERPRETED
@@ -51,6 +52,15 @@ class Call:
         """One program a tile, head and (dense) sequence."""
         heads = x.shape[-2]
         return (self.tiles(x, block) * heads * (1 if self.varlen else self.batch),)
+
+    def can_describe(self, *tensors: torch.Tensor) -> bool:
+        """Whether the copy engine can read these: 16-byte aligned, and 16-byte strides."""
+        return self.constants["UNIT"] == 8 and all(x.data_ptr() % 16 == 0 and x.numel() for x in tensors)
+
+    def describe(self, x: torch.Tensor, block: int) -> TensorDescriptor:
+        """Blocks [1, block, 1, BLOCK_D] of (batch, seqlen, heads, head_dim); a varlen x is one long sequence."""
+        x = x[None] if self.varlen else x
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, block, 1, self.constants["BLOCK_D"]])
 
 
 def block_d(head_dim: int) -> int:

@@ -58,8 +58,8 @@ def locate(tile, cu_seqlens, cu_seqlens_other, batch, total, seqlen, seqlen_othe
 @triton.jit
 def block_range(row, seqlen, seqlen_other, left, right, ROWS: tl.constexpr, BLOCK: tl.constexpr,
                 HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """Which columns the rows row ... row + ROWS - 1 see: the blocks in [lo, full_lo) and [full_hi, hi) need the mask,
-    those in [full_lo, full_hi) are seen whole by every row, no others are seen at all.
+    """Which columns the rows row ... row + ROWS - 1 see, in blocks: [lo, full_lo) and [full_hi, hi) need the mask,
+    [full_lo, full_hi) are seen whole by every row, no others are seen at all.
 
     visible(r, c) is -left <= c - (r + seqlen_other - seqlen) <= right; read the other way round (columns as rows) it has
     the same form with left and right exchanged, which is how the backward uses this function too.
@@ -76,9 +76,25 @@ def block_range(row, seqlen, seqlen_other, left, right, ROWS: tl.constexpr, BLOC
     if HAS_RIGHT:
         hi = tl.maximum(tl.minimum(hi, last + offset + right + 1), 0)
         full_hi = tl.maximum(tl.minimum(full_hi, row + offset + right + 1), 0)
-    full_lo = tl.minimum(full_lo, (hi + BLOCK - 1) // BLOCK * BLOCK)
+    full_lo = tl.minimum(full_lo, tl.cdiv(hi, BLOCK) * BLOCK)
     full_hi = tl.maximum(full_hi // BLOCK * BLOCK, full_lo)
-    return lo, full_lo, full_hi, hi
+    return lo // BLOCK, full_lo // BLOCK, full_hi // BLOCK, tl.cdiv(hi, BLOCK)
+
+
+@triton.jit
+def num_masked(lo, full_lo, full_hi, hi):
+    """How many blocks of block_range need the mask."""
+    return tl.maximum(full_lo - lo, 0) + tl.maximum(hi - full_hi, 0)
+
+
+@triton.jit
+def block_number(i, lo, full_lo, full_hi, MASKED: tl.constexpr):
+    """The i-th of the blocks that need the mask, so that one loop walks both edges; or of the full ones."""
+    if MASKED:
+        left = tl.maximum(full_lo - lo, 0)
+        return tl.where(i < left, lo + i, full_hi + i - left)
+    else:
+        return full_lo + i
 
 
 @triton.jit
@@ -126,6 +142,19 @@ def load_tile(base, row, stride_row, limit, ROWS: tl.constexpr, HEAD_DIM: tl.con
         return tl.load(addresses, mask=dims < HEAD_DIM, other=0.0)
     else:
         return tl.load(addresses)
+
+
+@triton.jit
+def stream_tile(descriptor, base, sequence, start, head, row, stride_row, limit, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+                BLOCK_D: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr, VARLEN: tl.constexpr, TMA: tl.constexpr):
+    """load_tile inside a loop: through the copy engine where the call has a descriptor (batch, row, head, dim). That clips
+    at the end of the tensor, which is not the end of a varlen sequence: its last block is loaded through addresses, for
+    what lies behind may be anything, NaN included."""
+    if TMA and not (MASKED and VARLEN):
+        first = row + tl.cast(start, tl.int32)
+        return descriptor.load([sequence, first, head, 0]).reshape([ROWS, BLOCK_D])
+    else:
+        return load_tile(base, row, stride_row, limit, ROWS, HEAD_DIM, BLOCK_D, UNIT, MASKED)
 
 
 @triton.jit

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Config:
-    """rows x cols (queries x keys) of a tile, warps of a program, stages of the load pipeline."""
+    """rows x cols (queries x keys) of a tile, warps of a program, stages of the load pipeline, and whether the tiles of
+    the loop come through the copy engine (sm_90 and later)."""
 
     rows: int
     cols: int
     num_warps: int
     num_stages: int
+    tma: bool = False
 
     @property
     def options(self) -> dict[str, int]:
