@@ -2,24 +2,26 @@
 
 import importlib
 
-from axo_flash.ops import flash_attn_func, flash_attn_varlen_func
-
 __version__ = "0.1.0"
 
-# names that need transformers, imported at first use
-_LAZY = {
+# where each public name lives, imported at first use: the functions need torch, the patches transformers
+_HOMES = {
+    "flash_attn_func": "axo_flash.ops",
+    "flash_attn_varlen_func": "axo_flash.ops",
     "patch_model": "axo_flash.patch",
     "unpatch_model": "axo_flash.patch",
     "patched": "axo_flash.patch",
     "patch_llama": "axo_flash.patch",
+    "unpatch_llama": "axo_flash.patch",
     "patch_mistral": "axo_flash.patch",
+    "unpatch_mistral": "axo_flash.patch",
 }
-__all__ = ["__version__", "flash_attn_func", "flash_attn_varlen_func", *_LAZY]
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 
 
 def __getattr__(name):
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'axo_flash' has no attribute {name!r}")
 
 

@@ -6,10 +6,16 @@ selective activation checkpointing and FSDP see one opaque call; which backend s
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 
 from axo_flash.kernels.backends import Choice, choose_backend
 from axo_flash.kernels.spec import MAX_HEAD_DIM, AttentionSpec
+
+# Forward calls in this process by the backend that computed them, compiled models and the recomputation of gradient
+# checkpointing included: what a run states as what really ran.
+calls: Counter[str] = Counter()
 
 _library = torch.library.Library("axo_flash", "DEF")
 _SPEC = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float softmax_scale, bool causal, int left, int right, str backend"
@@ -172,6 +178,7 @@ def backend_for(q, k, softmax_scale, causal, left, right, backend) -> tuple[Atte
 
 def _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, left, right, backend):
     spec, choice = backend_for(q, k, softmax_scale, causal, left, right, backend)
+    calls[choice.name] += 1
     return choice.module.forward(q, k, v, spec=spec, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
 
 

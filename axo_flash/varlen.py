@@ -42,7 +42,7 @@ def cu_seqlens_from_mask(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 def unpad(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """(batch, seqlen, ...) to the rows (total, ...) that `indices` names."""
-    return x.flatten(0, 1)[indices]
+    return x.flatten(0, 1).index_select(0, indices)  # its backward adds rows; indexing's sorts them first
 
 
 def pad(x: torch.Tensor, indices: torch.Tensor, batch: int, seqlen: int) -> torch.Tensor:
