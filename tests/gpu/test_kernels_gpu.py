@@ -64,8 +64,9 @@ def test_more_than_2_31_elements():
     q = torch.zeros(1, seqlen, heads, head_dim, dtype=BF16, device="cuda")
     q[:, -256:] = torch.randn(1, 256, heads, head_dim, device="cuda")
     k, v = (torch.randn(1, 256, 1, head_dim, dtype=BF16, device="cuda") for _ in range(2))
-    out = flash_attn_func(q, k, v, causal=True, backend="triton")[:, -256:]
-    assert torch.equal(out, flash_attn_func(q[:, -256:].clone(), k, v, causal=True, backend="triton"))
+    out = flash_attn_func(q, k, v, causal=True, backend="triton")[:, -256:].float()
+    want = flash_attn_func(q[:, -256:].clone(), k, v, causal=True, backend="triton").float()
+    assert (out - want).norm() < 0.005 * want.norm()  # the rows lie in other tiles: not bit-equal
 
 
 def test_transposed_layouts_and_odd_strides():

@@ -56,7 +56,7 @@ def _dkdv_blocks(dk, dv, k, v, q_desc, dout_desc, q_base, dout_base, lse, delta,
                  VARLEN: tl.constexpr, TMA: tl.constexpr):
     """Add what `count` query blocks, the masked or the full ones, contribute to dk and dv [BLOCK_N, BLOCK_D] of the keys col, col + 1, ..."""
     cols = col + tl.arange(0, BLOCK_N)
-    for i in tl.range(0, count, num_stages=1 if MASKED else None):  # the masked blocks are few: save registers
+    for i in tl.range(0, count):
         row = block_number(i, lo, full_lo, full_hi, MASKED) * BLOCK_M
         rows = row + tl.arange(0, BLOCK_M)
         q = stream_tile(q_desc, q_base, sequence, start_q, head, row, stride_qm, seqlen_q,
@@ -137,7 +137,7 @@ def _dq_blocks(dq, q, do, lse, delta, k_desc, v_desc, k_base, v_base, sequence, 
                VARLEN: tl.constexpr, TMA: tl.constexpr):
     """Add what `count` key blocks, the masked or the full ones, contribute to dq [BLOCK_M, BLOCK_D] of the queries row, row + 1, ..."""
     rows = row + tl.arange(0, BLOCK_M)
-    for i in tl.range(0, count, num_stages=1 if MASKED else None):  # the masked blocks are few: save registers
+    for i in tl.range(0, count):
         col = block_number(i, lo, full_lo, full_hi, MASKED) * BLOCK_N
         k = stream_tile(k_desc, k_base, sequence, start_k, kv_head, col, stride_kn, seqlen_k,
                         BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, MASKED, VARLEN, TMA)

@@ -30,7 +30,7 @@ def _blocks(acc, m, l, q, k_desc, v_desc, k_base, v_base, sequence, start_k, kv_
             VARLEN: tl.constexpr, TMA: tl.constexpr):
     """Fold `count` key blocks, the masked or the full ones, into acc [BLOCK_M, BLOCK_D], row maxima m and row sums l [BLOCK_M]."""
     rows = row + tl.arange(0, BLOCK_M)
-    for i in tl.range(0, count, num_stages=1 if MASKED else None):  # the masked blocks are few: save registers
+    for i in tl.range(0, count):
         col = block_number(i, lo, full_lo, full_hi, MASKED) * BLOCK_N
         k = stream_tile(k_desc, k_base, sequence, start_k, kv_head, col, stride_kn, seqlen_k,
                         BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, MASKED, VARLEN, TMA)

@@ -1,0 +1,288 @@
+"""Attention against its peers on this GPU: the same inputs, one run, medians, as TFLOP/s and as ratios.
+
+A backend is timed only after it was held against the fp32 reference. FLOPs are 4 * batch * heads * seqlen^2 * head_dim
+forward, half of that causal, and 2.5 times as many backward.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from axo_flash.errors import UserError
+from axo_flash.ops import flash_attn_func
+
+OURS = "triton"
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """A dense bf16 attention call to time."""
+
+    head_dim: int
+    causal: bool
+    batch: int
+    seqlen: int
+    heads: int
+    kv_heads: int
+
+    @property
+    def flops(self) -> float:
+        """Of one forward."""
+        return 4 * self.batch * self.heads * self.seqlen**2 * self.head_dim * (0.5 if self.causal else 1.0)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of scripts/bench/results/attention_<gpu>.csv; `pass` is written `pass_` in Python."""
+
+    backend: str
+    pass_: str
+    head_dim: int
+    mask: str
+    batch: int
+    seqlen: int
+    heads: int
+    kv_heads: int
+    ms: float
+    tflops: float
+    gpu: str
+    torch: str
+    triton: str
+    commit: str
+    date: str
+
+
+def dense_cases(seqlens=(4096, 8192, 16384), head_dims=(128, 64), tokens=16384) -> list[BenchCase]:
+    """Causal and full cases of `tokens` tokens a batch and a hidden size of 2048."""
+    return [
+        BenchCase(d, causal, max(1, tokens // s), s, 2048 // d, 2048 // d)
+        for d in head_dims
+        for causal in (True, False)
+        for s in seqlens
+    ]
+
+
+def peers() -> dict[str, Callable]:
+    """What this PyTorch can compute attention with, as functions of (q, k, v, causal) in our layout."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def sdpa(backend):
+        def run(q, k, v, causal):
+            with sdpa_kernel(backend):
+                q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+                return torch.nn.functional.scaled_dot_product_attention(
+                    q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+                ).transpose(1, 2)
+
+        return run
+
+    return {
+        OURS: lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal, backend=OURS),
+        "fa2": sdpa(SDPBackend.FLASH_ATTENTION),
+        "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
+        "flex": _flex(),
+    }
+
+
+def _flex():
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    masks = {}
+
+    def run(q, k, v, causal):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        mask = None
+        if causal:
+            key = q.shape[2], k.shape[2]
+            if key not in masks:
+                masks[key] = create_block_mask(lambda b, h, i, j: i >= j, None, None, *key, device=q.device)
+            mask = masks[key]
+        return compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+    return run
+
+
+def verify(run: Callable, case: BenchCase, tolerance: float = 0.02) -> float:
+    """The largest relative error (Frobenius) of out, dq, dk, dv against the reference, at a length that it can do.
+
+    Raises:
+        RuntimeError: it is over `tolerance`: such a backend is not timed.
+    """
+    small = BenchCase(case.head_dim, case.causal, 1, 512, case.heads, case.kv_heads)
+    q, k, v, dout = _inputs(small)
+    results = []
+    for function in (run, lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal, backend="reference")):
+        out = function(q, k, v, case.causal)
+        results.append((out, *torch.autograd.grad(out, (q, k, v), dout)))
+    error = max(((a - b).float().norm() / b.float().norm()).item() for a, b in zip(*results, strict=True))
+    if not error < tolerance:
+        raise RuntimeError(f"relative error {error:.1e} against the reference is over {tolerance}")
+    return error
+
+
+def _inputs(case: BenchCase):
+    def random(heads):
+        return torch.randn(case.batch, case.seqlen, heads, case.head_dim, device="cuda", dtype=torch.bfloat16)
+
+    q, k, v = (random(heads).requires_grad_() for heads in (case.heads, case.kv_heads, case.kv_heads))
+    return q, k, v, random(case.heads)
+
+
+def measure(run: Callable, case: BenchCase) -> dict[str, float]:
+    """Median milliseconds of {"fwd", "bwd"}."""
+    import triton
+
+    q, k, v, dout = _inputs(case)
+    with torch.no_grad():
+        forward = triton.testing.do_bench(lambda: run(q, k, v, case.causal), warmup=50, rep=200, return_mode="median")
+    out = run(q, k, v, case.causal)
+    backward = triton.testing.do_bench(
+        lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), warmup=50, rep=300, return_mode="median"
+    )
+    return {"fwd": forward, "bwd": backward}
+
+
+def bench(cases: list[BenchCase], *, commit: str = "", say: Callable = print) -> list[Result]:
+    """Time every backend on every case; a peer that this PyTorch or GPU lacks is named and left out.
+
+    Raises:
+        UserError: no CUDA GPU here.
+    """
+    if not torch.cuda.is_available():
+        raise UserError("bench: needs a CUDA GPU, and PyTorch sees none here")
+    import triton
+
+    stamp = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+    }
+    results, refused, backends = [], {}, peers()
+    for case in cases:
+        line = []
+        for name, run in backends.items():
+            if name in refused:
+                continue
+            try:
+                verify(run, case)
+                times = measure(run, case)
+            except RuntimeError as error:
+                if name == OURS:
+                    raise
+                refused[name] = str(error).splitlines()[0]
+                say(f"{name} left out: {refused[name]}")
+                continue
+            for pass_, ms in times.items():
+                flops = case.flops * (1.0 if pass_ == "fwd" else 2.5)
+                mask = "causal" if case.causal else "full"
+                results.append(
+                    Result(name, pass_, case.head_dim, mask, case.batch, case.seqlen, case.heads, case.kv_heads,
+                           round(ms, 4), round(flops / ms * 1e-9, 1), **stamp)
+                )  # fmt: skip
+            line.append(f"{name} {results[-2].tflops:.0f}/{results[-1].tflops:.0f}")
+        say(f"head_dim {case.head_dim} {'causal' if case.causal else 'full':6} {case.batch} x {case.seqlen}: {', '.join(line)}")
+    return results
+
+
+def table(results: list[Result]) -> str:
+    """Markdown: TFLOP/s forward / backward of each backend, and our forward plus backward time against each peer's."""
+    names = list(dict.fromkeys(r.backend for r in results))
+    others = [name for name in names if name != OURS]
+    lines = [
+        "| head_dim | mask | batch x seqlen | " + " | ".join(names) + " | " + " | ".join(f"against {n}" for n in others) + " |",
+        "|---" * (3 + len(names) + len(others)) + "|",
+    ]
+    for key, rows in _by_case(results).items():
+        cells = [f"{r['fwd'].tflops:.0f} / {r['bwd'].tflops:.0f}" if (r := rows.get(n)) else "-" for n in names]
+        ratios = [f"{_ratio(rows, n):.2f}x" if n in rows else "-" for n in others]
+        lines.append(f"| {key[0]} | {key[1]} | {key[2]} x {key[3]} | " + " | ".join(cells + ratios) + " |")
+    means = []
+    for name in others:
+        ratios = [_ratio(rows, name) for rows in _by_case(results).values() if name in rows]
+        means.append(f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}x")
+    lines.append("| | | geometric mean |" + " |" * len(names) + " " + " | ".join(means) + " |")
+    return "\n".join(lines)
+
+
+def _by_case(results):
+    cases = {}
+    for r in results:
+        key = r.head_dim, r.mask, r.batch, r.seqlen
+        cases.setdefault(key, {}).setdefault(r.backend, {})[r.pass_] = r
+    return cases
+
+
+def _ratio(rows, name) -> float:
+    """How many times faster than `name` we are, forward plus backward."""
+    ours, theirs = (rows[n]["fwd"].ms + rows[n]["bwd"].ms for n in (OURS, name))
+    return theirs / ours
+
+
+def write_csv(results: list[Result], path: Path) -> None:
+    """One line a result."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([field.name.rstrip("_") for field in fields(Result)])
+        writer.writerows(asdict(result).values() for result in results)
+
+
+def read_csv(path: Path) -> list[Result]:
+    """What write_csv wrote."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    casts = {"head_dim": int, "batch": int, "seqlen": int, "heads": int, "kv_heads": int, "ms": float, "tflops": float}
+    return [
+        Result(**{("pass_" if k == "pass" else k): casts.get(k, str)(v) for k, v in row.items()}) for row in rows
+    ]
+
+
+def plot(results: list[Result], path: Path) -> None:
+    """Bars of forward plus backward TFLOP/s, a panel a (head_dim, mask).
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ModuleNotFoundError as error:
+        raise UserError('the plot needs matplotlib: pip install "axo-flash[plot]"') from error
+    cases = _by_case(results)
+    panels = list(dict.fromkeys(key[:2] for key in cases))
+    names = list(dict.fromkeys(r.backend for r in results))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.4), sharey=True, squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        shown = [key for key in cases if key[:2] == panel]
+        for i, name in enumerate(names):
+            heights = [_tflops(cases[key].get(name)) for key in shown]
+            axis.bar([x + i * 0.8 / len(names) for x in range(len(shown))], heights, 0.8 / len(names), label=name)
+        axis.set_xticks([x + 0.3 for x in range(len(shown))], [f"{key[3]}" for key in shown])
+        axis.set_title(f"head_dim {panel[0]}, {panel[1]}", fontsize=10)
+        axis.set_xlabel("seqlen")
+    axes[0][0].set_ylabel("forward + backward, TFLOP/s")
+    axes[0][-1].legend(fontsize=8)
+    figure.suptitle(f"{results[0].gpu}, bf16, torch {results[0].torch}, triton {results[0].triton}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _tflops(rows) -> float:
+    if rows is None:
+        return 0.0
+    work = sum(r.tflops * r.ms for r in rows.values())
+    return work / sum(r.ms for r in rows.values())
