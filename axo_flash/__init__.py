@@ -16,7 +16,7 @@ _HOMES = {
     "patch_mistral": "axo_flash.patch",
     "unpatch_mistral": "axo_flash.patch",
 }
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name):

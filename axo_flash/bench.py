@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import datetime
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -137,18 +138,26 @@ def _inputs(case: BenchCase):
     return q, k, v, random(case.heads)
 
 
-def measure(run: Callable, case: BenchCase) -> dict[str, float]:
-    """Median milliseconds of {"fwd", "bwd"}."""
+def measure(backends: dict[str, Callable], case: BenchCase, rounds: int = 3) -> dict[str, dict[str, float]]:
+    """Median milliseconds of {"fwd", "bwd"} of each backend. They take turns, so that all of them meet the same clocks:
+    a GPU that has just compiled for somebody is cool, and fast for a while."""
     import triton
 
+    def time(function):
+        return triton.testing.do_bench(function, warmup=50, rep=100, return_mode="median")
+
     q, k, v, dout = _inputs(case)
-    with torch.no_grad():
-        forward = triton.testing.do_bench(lambda: run(q, k, v, case.causal), warmup=50, rep=200, return_mode="median")
-    out = run(q, k, v, case.causal)
-    backward = triton.testing.do_bench(
-        lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True), warmup=50, rep=300, return_mode="median"
-    )
-    return {"fwd": forward, "bwd": backward}
+    outs = {name: run(q, k, v, case.causal) for name, run in backends.items()}
+    times = {name: {"fwd": [], "bwd": []} for name in backends}
+    for _ in range(rounds):
+        for name, run in backends.items():
+            with torch.no_grad():
+                times[name]["fwd"].append(time(lambda run=run: run(q, k, v, case.causal)))
+            out = outs[name]
+            times[name]["bwd"].append(
+                time(lambda out=out: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True))
+            )
+    return {name: {pass_: statistics.median(ms) for pass_, ms in passes.items()} for name, passes in times.items()}
 
 
 def bench(cases: list[BenchCase], *, commit: str = "", say: Callable = print) -> list[Result]:
@@ -168,30 +177,25 @@ def bench(cases: list[BenchCase], *, commit: str = "", say: Callable = print) ->
         "commit": commit,
         "date": datetime.date.today().isoformat(),
     }
-    results, refused, backends = [], {}, peers()
+    results, backends = [], peers()
     for case in cases:
-        line = []
-        for name, run in backends.items():
-            if name in refused:
-                continue
+        for name in list(backends):
             try:
-                verify(run, case)
-                times = measure(run, case)
+                verify(backends[name], case)
             except RuntimeError as error:
                 if name == OURS:
                     raise
-                refused[name] = str(error).splitlines()[0]
-                say(f"{name} left out: {refused[name]}")
-                continue
+                say(f"{name} left out from here on: {str(error).splitlines()[0]}")
+                del backends[name]
+        line = []
+        mask = "causal" if case.causal else "full"
+        for name, times in measure(backends, case).items():
             for pass_, ms in times.items():
-                flops = case.flops * (1.0 if pass_ == "fwd" else 2.5)
-                mask = "causal" if case.causal else "full"
-                results.append(
-                    Result(name, pass_, case.head_dim, mask, case.batch, case.seqlen, case.heads, case.kv_heads,
-                           round(ms, 4), round(flops / ms * 1e-9, 1), **stamp)
-                )  # fmt: skip
+                tflops = case.flops * (1.0 if pass_ == "fwd" else 2.5) / ms * 1e-9
+                shape = case.head_dim, mask, case.batch, case.seqlen, case.heads, case.kv_heads
+                results.append(Result(name, pass_, *shape, round(ms, 4), round(tflops, 1), **stamp))
             line.append(f"{name} {results[-2].tflops:.0f}/{results[-1].tflops:.0f}")
-        say(f"head_dim {case.head_dim} {'causal' if case.causal else 'full':6} {case.batch} x {case.seqlen}: {', '.join(line)}")
+        say(f"head_dim {case.head_dim} {mask:6} {case.batch} x {case.seqlen}: {', '.join(line)}")
     return results
 
 
@@ -200,7 +204,11 @@ def table(results: list[Result]) -> str:
     names = list(dict.fromkeys(r.backend for r in results))
     others = [name for name in names if name != OURS]
     lines = [
-        "| head_dim | mask | batch x seqlen | " + " | ".join(names) + " | " + " | ".join(f"against {n}" for n in others) + " |",
+        "| head_dim | mask | batch x seqlen | "
+        + " | ".join(names)
+        + " | "
+        + " | ".join(f"against {n}" for n in others)
+        + " |",
         "|---" * (3 + len(names) + len(others)) + "|",
     ]
     for key, rows in _by_case(results).items():
@@ -243,9 +251,7 @@ def read_csv(path: Path) -> list[Result]:
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     casts = {"head_dim": int, "batch": int, "seqlen": int, "heads": int, "kv_heads": int, "ms": float, "tflops": float}
-    return [
-        Result(**{("pass_" if k == "pass" else k): casts.get(k, str)(v) for k, v in row.items()}) for row in rows
-    ]
+    return [Result(**{("pass_" if k == "pass" else k): casts.get(k, str)(v) for k, v in row.items()}) for row in rows]
 
 
 def plot(results: list[Result], path: Path) -> None:

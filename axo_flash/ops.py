@@ -118,14 +118,20 @@ def _call(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_siz
 
 
 def _refuse_unsupported(name, dropout_p, softcap, alibi_slopes):
-    for option, value, off in (("dropout_p", dropout_p, 0), ("softcap", softcap, 0), ("alibi_slopes", alibi_slopes, None)):
+    for option, value, off in (
+        ("dropout_p", dropout_p, 0),
+        ("softcap", softcap, 0),
+        ("alibi_slopes", alibi_slopes, None),
+    ):
         if value is not None and (off is None or value != off):
             raise ValueError(f"{name}: {option} is not supported, got {value!r}; leave it at {off!r}")
 
 
 def _check(name, q, k, v, rank):
     layout = "(batch, seqlen, heads, head_dim)" if rank == 4 else "(total, heads, head_dim)"
-    errors = [f"{n} must be {layout}, got {tuple(x.shape)}" for n, x in zip("qkv", (q, k, v), strict=True) if x.ndim != rank]
+    errors = [
+        f"{n} must be {layout}, got {tuple(x.shape)}" for n, x in zip("qkv", (q, k, v), strict=True) if x.ndim != rank
+    ]
     if not errors:
         if k.shape != v.shape:
             errors.append(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
@@ -182,9 +188,7 @@ def _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, left, r
     return choice.module.forward(q, k, v, spec=spec, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
 
 
-def _backward(
-    dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, left, right, backend
-):
+def _backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, left, right, backend):
     spec, choice = backend_for(q, k, softmax_scale, causal, left, right, backend)
     if dout.stride(-1) != 1:  # an expanded gradient, as of out.sum()
         dout = dout.contiguous()

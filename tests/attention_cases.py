@@ -34,7 +34,11 @@ class Case:
     def __str__(self):
         kind = f"B{self.batch}-{self.seqlen[0]}x{self.seqlen[1]}"
         if self.lengths:
-            kind = "varlen-" + "_".join(f"{a}x{b}" for a, b in self.lengths[:6]) + f"-n{len(self.lengths)}-tail{self.tail[0]}"
+            kind = (
+                "varlen-"
+                + "_".join(f"{a}x{b}" for a, b in self.lengths[:6])
+                + f"-n{len(self.lengths)}-tail{self.tail[0]}"
+            )
         mask = ("causal" if self.causal else "full") + (f"-window{self.window}" if self.window != (-1, -1) else "")
         return f"D{self.head_dim}-{str(self.dtype)[6:]}-H{self.heads[0]}_{self.heads[1]}-{kind}-{mask}".replace(" ", "")
 
@@ -122,7 +126,10 @@ def run_plain(case: Case, inputs: Inputs, dtype: torch.dtype):
         parts = [(slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])) for i in range(len(case.lengths))]
     results = [torch.zeros_like(x, dtype=dtype) for x in (inputs.q, inputs.q, inputs.k, inputs.v)]
     for rows, cols in parts:
-        leaves = [x[part].to(dtype).detach() for x, part in zip((inputs.q, inputs.k, inputs.v), (rows, cols, cols), strict=True)]
+        leaves = [
+            x[part].to(dtype).detach()
+            for x, part in zip((inputs.q, inputs.k, inputs.v), (rows, cols, cols), strict=True)
+        ]
         if not leaves[0].numel() or not leaves[1].numel():
             continue
         dout = inputs.dout[rows].to(dtype)

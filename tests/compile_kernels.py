@@ -36,9 +36,17 @@ def compile_kernel(name, config, head_dim, target, dtype, *, group, causal, wind
     """The compiled kernel, for arguments as launch.py passes them: aligned tensors, strides of 16 bytes."""
     kernel = KERNELS[name]
     constants = dict(
-        GROUP=group, HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), UNIT=8, VARLEN=varlen,
-        HAS_LEFT=window, HAS_RIGHT=causal, BLOCK_M=config.rows, BLOCK_N=config.cols, TMA=config.tma,
-    )  # fmt: skip
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        UNIT=8,
+        VARLEN=varlen,
+        HAS_LEFT=window,
+        HAS_RIGHT=causal,
+        BLOCK_M=config.rows,
+        BLOCK_N=config.cols,
+        TMA=config.tma,
+    )
     if not varlen:
         constants |= {"cu_seqlens_q": None, "cu_seqlens_k": None}
     signature, attributes = {}, {}
@@ -85,14 +93,18 @@ def main(target, *head_dims):
     for head_dim in map(int, head_dims):
         for name in KERNELS:
             for mask in MASKS:
-                config = tuning.default(name, row, max(64, triton.next_power_of_2(head_dim)), banded=True)
+                config = tuning.default(name, row, triton.next_power_of_2(head_dim))
                 compiled = compile_kernel(name, config, head_dim, gpu, "fp16" if arch == "75" else "bf16", **mask)
                 code = compiled.asm["ptx" if cuda else "amdgcn"]
                 report = {
-                    "kernel": name, "head_dim": head_dim, "config": str(config), **mask, "shared": compiled.metadata.shared,
+                    "kernel": name,
+                    "head_dim": head_dim,
+                    "config": str(config),
+                    **mask,
+                    "shared": compiled.metadata.shared,
                     "matrix_instructions": len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma", code)),
                     "spills": spills(compiled) if cuda else int(re.search(r"vgpr_spill_count: *(\d+)", code)[1]),
-                }  # fmt: skip
+                }
                 print(json.dumps(report), flush=True)
 
 

@@ -61,8 +61,12 @@ def test_a_window_sees_as_many_keys_as_eager_attention(seqlen, seen):
 
     eager = tiny("mistral")
     expected = create_sliding_window_causal_mask(
-        config=eager.config, inputs_embeds=torch.zeros(1, seqlen, 48), attention_mask=None, past_key_values=None,
-        position_ids=torch.arange(seqlen)[None])
+        config=eager.config,
+        inputs_embeds=torch.zeros(1, seqlen, 48),
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=torch.arange(seqlen)[None],
+    )
     expected = (expected[0, 0] == 0).float()  # [seqlen, seqlen]
     # with equal scores and one-hot values, the output is the row of the mask over the number of keys seen
     zeros = torch.zeros(1, 1, seqlen, seqlen)
@@ -117,11 +121,14 @@ def _reads_of_the_reference(model, documents: int) -> int:
     return len(reads) * model.config.num_hidden_layers
 
 
-@pytest.mark.parametrize("mask, message", [
-    (torch.ones(2, 1, 11, 11, dtype=torch.bool), r"must be \(batch, seqlen\), got \(2, 1, 11, 11\)"),
-    (torch.zeros(2, 1, 11, 11), r"must be \(batch, seqlen\), got \(2, 1, 11, 11\)"),
-    (torch.ones(2, 5), "5 columns for 11 tokens"),
-])
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (torch.ones(2, 1, 11, 11, dtype=torch.bool), r"must be \(batch, seqlen\), got \(2, 1, 11, 11\)"),
+        (torch.zeros(2, 1, 11, 11), r"must be \(batch, seqlen\), got \(2, 1, 11, 11\)"),
+        (torch.ones(2, 5), "5 columns for 11 tokens"),
+    ],
+)
 def test_masks_that_cannot_be_computed_are_refused(mask, message):
     patched, _ = patched_copy(tiny("llama"))
     with pytest.raises(ValueError, match=message):
@@ -208,8 +215,11 @@ def test_q_k_and_v_are_views(monkeypatch):
     """Nothing is copied on the way in, and k and v are not repeated for their groups of heads."""
     pointers = []
     original = axo_flash.attention.flash_attn_func
-    monkeypatch.setattr(axo_flash.attention, "flash_attn_func",
-                        lambda q, k, v, **o: pointers.extend(x.data_ptr() for x in (q, k, v)) or original(q, k, v, **o))
+    monkeypatch.setattr(
+        axo_flash.attention,
+        "flash_attn_func",
+        lambda q, k, v, **o: pointers.extend(x.data_ptr() for x in (q, k, v)) or original(q, k, v, **o),
+    )
     module = tiny("llama").model.layers[0].self_attn
     q, k, v = torch.randn(2, 6, 4, 8), torch.randn(2, 2, 4, 8), torch.randn(2, 2, 4, 8)
     out, weights = attention(module, q, k, v)
@@ -220,15 +230,18 @@ def test_q_k_and_v_are_views(monkeypatch):
 # --- options --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option, message", [
-    ({"dropout": 0.1}, "dropout is not supported, got 0.1.*attention_dropout to 0.0"),
-    ({"softcap": 30.0}, "softcap is not supported, got 30.0"),
-    ({"s_aux": torch.zeros(6)}, "sinks"),
-    ({"output_attentions": True}, "weights are never formed"),
-    ({"cache": object()}, "paged caches"),
-    ({"position_ids": torch.zeros(3, 1, 4)}, r"position_ids must be \(batch, seqlen\), got \(3, 1, 4\)"),
-    ({"is_causal": False, "sliding_window": 4}, "sliding_window=4 needs causal"),
-])
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ({"dropout": 0.1}, "dropout is not supported, got 0.1.*attention_dropout to 0.0"),
+        ({"softcap": 30.0}, "softcap is not supported, got 30.0"),
+        ({"s_aux": torch.zeros(6)}, "sinks"),
+        ({"output_attentions": True}, "weights are never formed"),
+        ({"cache": object()}, "paged caches"),
+        ({"position_ids": torch.zeros(3, 1, 4)}, r"position_ids must be \(batch, seqlen\), got \(3, 1, 4\)"),
+        ({"is_causal": False, "sliding_window": 4}, "sliding_window=4 needs causal"),
+    ],
+)
 def test_unsupported_options_are_refused(option, message):
     module = tiny("llama").model.layers[0].self_attn
     q, kv = torch.zeros(1, 6, 4, 8), torch.zeros(1, 2, 4, 8)

@@ -98,8 +98,9 @@ def test_nothing_leaks_between_documents(models, given):
     assert not embedded.grad[0, :9].any() and not embedded.grad[1].any()
 
 
-@pytest.mark.parametrize("kind, case", [("llama", "packed, two rows"), ("mistral", "packed, two rows"),
-                                        ("mistral", "left-padded")])
+@pytest.mark.parametrize(
+    "kind, case", [("llama", "packed, two rows"), ("mistral", "packed, two rows"), ("mistral", "left-padded")]
+)
 def test_loss_curve_of_thirty_steps(kind, case):
     batch = AS_EAGER[case]
     eager = tiny(kind)
@@ -149,19 +150,37 @@ def test_smollm2(family):
     eager = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     if family != "llama":
         values = eager.config.to_dict()
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                 "num_key_value_heads", "head_dim", "rope_parameters", "tie_word_embeddings", "rms_norm_eps")
-        config = MistralConfig(**{name: values[name] for name in names}, max_position_embeddings=512,
-                               sliding_window=16 if family == "mistral_window" else None)
+        names = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "rope_parameters",
+            "tie_word_embeddings",
+            "rms_norm_eps",
+        )
+        config = MistralConfig(
+            **{name: values[name] for name in names},
+            max_position_embeddings=512,
+            sliding_window=16 if family == "mistral_window" else None,
+        )
         mistral = MistralForCausalLM._from_config(config, attn_implementation="eager", dtype=torch.float32)
         missing, unexpected = mistral.load_state_dict(eager.state_dict(), strict=False)
         assert not unexpected and set(missing) <= {"lm_head.weight"}
         mistral.tie_weights()
         eager = mistral
     eager.train()
-    documents = [tokenizer(text).input_ids for text in (
-        "The capital of France is Paris, and its river is the Seine, which the city has followed ever since.",
-        "One two three four five six seven eight nine ten.", "A cat sat on a mat.")]
+    documents = [
+        tokenizer(text).input_ids
+        for text in (
+            "The capital of France is Paris, and its river is the Seine, which the city has followed ever since.",
+            "One two three four five six seven eight nine ten.",
+            "A cat sat on a mat.",
+        )
+    ]
     packed = batch_of([[len(document) for document in documents]])
     packed.inputs["input_ids"] = torch.tensor([[token for document in documents for token in document]])
     packed.labels[packed.labels != -100] = packed.inputs["input_ids"][packed.labels != -100]

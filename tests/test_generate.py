@@ -30,8 +30,11 @@ def generate(model, padding, **options):
 
 
 @pytest.mark.parametrize("padding", ["no padding", "left padding"])
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"num_beams": 3}],
-                         ids=["dynamic", "static", "no cache", "beams"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"num_beams": 3}],
+    ids=["dynamic", "static", "no cache", "beams"],
+)
 def test_tokens_of_eager_attention(models, padding, options):
     """The dynamic and static caches of a Mistral model with a window are the sliding ones."""
     eager, patched = models
@@ -69,11 +72,15 @@ def test_padding_inside_a_window_is_refused():
         generate(patched, "right padding", use_cache=False)
 
 
-@pytest.mark.parametrize("make_cache", [
-    lambda config: DynamicCache(config=config),
-    lambda config: DynamicCache(),  # without the config, no layer of it slides
-    lambda config: StaticCache(config=config, max_cache_len=32),
-], ids=["dynamic", "dynamic without sliding", "static"])
+@pytest.mark.parametrize(
+    "make_cache",
+    [
+        lambda config: DynamicCache(config=config),
+        lambda config: DynamicCache(),  # without the config, no layer of it slides
+        lambda config: StaticCache(config=config, max_cache_len=32),
+    ],
+    ids=["dynamic", "dynamic without sliding", "static"],
+)
 @pytest.mark.parametrize("chunks", [[4, 5, 1, 3], [1, 1, 11]], ids=str)
 @pytest.mark.parametrize("padded", [False, True])
 def test_prefill_in_chunks(models, make_cache, chunks, padded):
@@ -155,8 +162,12 @@ def test_smollm2_answers_as_with_eager_attention(cache):
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
     questions = ["What is the capital of France?", "Name three colours of the rainbow, please, and nothing else."]
-    chats = [tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False,
-                                           add_generation_prompt=True) for question in questions]
+    chats = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+        for question in questions
+    ]
     inputs = tokenizer(chats, return_tensors="pt", padding=True)
     options = {"max_new_tokens": 10, "do_sample": False}
     options |= {} if cache == "dynamic" else {"cache_implementation": cache}

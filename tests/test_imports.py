@@ -32,7 +32,9 @@ LIBRARY = ("kernels", "ops", "varlen", "layout", "attention", "patch")
 
 def modules():
     for path in sorted(PACKAGE.rglob("*.py")):
-        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__").removesuffix("__init__")
+        name = (
+            ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__").removesuffix("__init__")
+        )
         if name:
             yield name, path
 
@@ -49,7 +51,12 @@ def imports(path):
 
 def floor(name):
     """(number, room) of the longest entry of FLOORS that `name` lies under."""
-    rooms = [(len(room), i, room) for i, row in enumerate(FLOORS) for room in row if name == room or name.startswith(room + ".")]
+    rooms = [
+        (len(room), i, room)
+        for i, row in enumerate(FLOORS)
+        for room in row
+        if name == room or name.startswith(room + ".")
+    ]
     return max(rooms)[1:] if rooms else None
 
 

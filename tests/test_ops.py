@@ -17,7 +17,9 @@ def tensors(seqlen_q=5, seqlen_k=7, heads=4, kv_heads=2, head_dim=8, dtype=torch
 CU = torch.tensor([0, 3, 3, 6], dtype=torch.int32)
 
 
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (2, 1)}, {"causal": True, "softmax_scale": 0.7}])
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"window_size": (2, 1)}, {"causal": True, "softmax_scale": 0.7}]
+)
 def test_gradcheck_dense(options):
     """out and lse, by finite differences in fp64."""
 

@@ -291,10 +291,13 @@ def test_merged_adapters_stay_patched():
 # --- models made later ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family, patch, unpatch, decoder", [
-    ("llama", axo_flash.patch_llama, unpatch_llama, LlamaModel),
-    ("mistral", axo_flash.patch_mistral, unpatch_mistral, MistralModel),
-])
+@pytest.mark.parametrize(
+    "family, patch, unpatch, decoder",
+    [
+        ("llama", axo_flash.patch_llama, unpatch_llama, LlamaModel),
+        ("mistral", axo_flash.patch_mistral, unpatch_mistral, MistralModel),
+    ],
+)
 def test_every_model_made_after_the_one_line_patch_is_patched(family, patch, unpatch, decoder, tmp_path):
     plain = tiny(family)
     plain.save_pretrained(tmp_path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
@@ -60,7 +60,9 @@ def choose_backend(spec: AttentionSpec, device: torch.device, name: str = "auto"
 def _choose(spec: AttentionSpec, device: torch.device, name: str) -> Choice:
     rows = BACKENDS if name == "auto" else [row for row in BACKENDS if row.name == name]
     if not rows:
-        raise ValueError(f"unknown attention backend {name!r}: choose 'auto' or one of {[row.name for row in BACKENDS]}")
+        raise ValueError(
+            f"unknown attention backend {name!r}: choose 'auto' or one of {[row.name for row in BACKENDS]}"
+        )
     refused = []
     for row in rows:
         module, reason = _load(row)
@@ -81,6 +83,6 @@ def _load(row: Backend) -> tuple[ModuleType | None, str | None]:
         return None, f"the package {row.requires} is not installed: {row.install}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _say_once(message: str) -> None:
     logger.warning(message)

@@ -59,7 +59,14 @@ def backward(dout, q, k, v, out, lse, *, spec: AttentionSpec, cu_seqlens_q=None,
     for rows, cols in _documents(cu_seqlens_q, cu_seqlens_k):
         dlse_doc = None if dlse is None else dlse[None, :, rows]
         grads = _gradients(
-            dout[None, rows], q[None, rows], k[None, cols], v[None, cols], out[None, rows], lse[None, :, rows], dlse_doc, spec
+            dout[None, rows],
+            q[None, rows],
+            k[None, cols],
+            v[None, cols],
+            out[None, rows],
+            lse[None, :, rows],
+            dlse_doc,
+            spec,
         )
         for grad, part, new in zip((dq, dk, dv), (rows, cols, cols), grads, strict=True):
             grad[part] = new[0].to(grad.dtype)

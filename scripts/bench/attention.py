@@ -1,7 +1,7 @@
 """The attention benchmark whose figures the README shows: every dense case, into results/attention_<gpu>.csv and .png.
 
-    python scripts/bench/attention.py [--commit $(git rev-parse --short HEAD)] [--out scripts/bench/results]
-    python scripts/bench/attention.py --table scripts/bench/results/attention_h100.csv
+python scripts/bench/attention.py [--commit $(git rev-parse --short HEAD)] [--out scripts/bench/results]
+python scripts/bench/attention.py --table scripts/bench/results/attention_h100.csv
 """
 
 import argparse

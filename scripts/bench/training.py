@@ -11,26 +11,38 @@ import argparse
 import csv
 import datetime
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import transformers
 import triton
 from peft import LoraConfig, get_peft_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from axo_flash import patch_model
 
 BATCH, SEQLEN, WARMUP, STEPS = 4, 4096, 2, 5
-STACKS = ("hf+eager", "hf+sdpa", "axo_flash")
+STACKS = ("hf+eager", "hf+sdpa-fa2", "hf+sdpa-cudnn", "axo_flash", "hf+sdpa-fa2", "hf+sdpa-cudnn", "axo_flash")
+SDPA = {"hf+sdpa-fa2": SDPBackend.FLASH_ATTENTION, "hf+sdpa-cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
 def make_model(stack):
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-                                             num_attention_heads=32, max_position_embeddings=SEQLEN, use_cache=False))  # fmt: skip
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=32000,
+                hidden_size=4096,
+                intermediate_size=11008,
+                num_hidden_layers=32,
+                num_attention_heads=32,
+                max_position_embeddings=SEQLEN,
+                use_cache=False,
+            )
+        )
     torch.set_default_dtype(torch.float32)
     model.set_attn_implementation("eager" if stack == "hf+eager" else "sdpa")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -41,7 +53,8 @@ def make_model(stack):
     return model.train()
 
 
-def run(stack):
+def run(stack, profile=False):
+    """(tokens/s of the median step, peak GiB, loss of the last step)"""
     model = make_model(stack)
     parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter in parameters:
@@ -50,7 +63,8 @@ def run(stack):
     generator = torch.Generator("cuda").manual_seed(1)
     losses, times = [], []
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(WARMUP + STEPS):
+
+    def step():
         ids = torch.randint(0, 32000, (BATCH, SEQLEN), device="cuda", generator=generator)
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -62,6 +76,14 @@ def run(stack):
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
         losses.append(loss.item())
+
+    for _ in range(WARMUP + STEPS):
+        step()
+    if profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            step()
+        print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=16, max_name_column_width=60))
+        del times[-1], losses[-1]
     seconds = sorted(times[WARMUP:])[STEPS // 2]
     return BATCH * SEQLEN / seconds, torch.cuda.max_memory_allocated() / 2**30, losses[-1]
 
@@ -70,19 +92,30 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--commit", default="")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--stacks", nargs="+", default=STACKS, help="in this order; a GPU warms up, so repeat them")
+    parser.add_argument("--profile", action="store_true", help="print where the time of a step goes")
     args = parser.parse_args()
     rows = []
-    for stack in STACKS:
-        try:
-            tokens_per_s, peak_gib, loss = run(stack)
-        except torch.OutOfMemoryError:
-            tokens_per_s, peak_gib, loss = 0, float("nan"), float("nan")
-            print(f"{stack}: out of memory")
+    for stack in args.stacks:
+        with sdpa_kernel(SDPA[stack]) if stack in SDPA else nullcontext():
+            tokens_per_s, peak_gib, loss = run(stack, args.profile)
         torch.cuda.empty_cache()
         print(f"{stack:10} {tokens_per_s:8.0f} tokens/s  {peak_gib:5.1f} GiB  loss {loss:.4f}", flush=True)
-        rows.append({"case": "llama2-7b-lora-4x4096", "stack": stack, "tokens_per_s": round(tokens_per_s), "peak_gib": round(peak_gib, 1),
-                     "loss": round(loss, 4), "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-                     "transformers": transformers.__version__, "commit": args.commit, "date": datetime.date.today().isoformat()})  # fmt: skip
+        rows.append(
+            {
+                "case": "llama2-7b-lora-4x4096",
+                "stack": stack,
+                "tokens_per_s": round(tokens_per_s),
+                "peak_gib": round(peak_gib, 1),
+                "loss": round(loss, 4),
+                "gpu": torch.cuda.get_device_name(),
+                "torch": torch.__version__,
+                "triton": triton.__version__,
+                "transformers": transformers.__version__,
+                "commit": args.commit,
+                "date": datetime.date.today().isoformat(),
+            }
+        )
     gpu = next(word for word in torch.cuda.get_device_name().lower().split() if any(c.isdigit() for c in word))
     args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / f"training_{gpu}.csv", "w", newline="") as file:

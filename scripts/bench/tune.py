@@ -25,9 +25,18 @@ forward_module = sys.modules[forward_function.__module__]
 
 SHARE = {"forward": 1.0, "dkdv": 1.5, "dq": 1.0}
 TILES = {
-    "forward": [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 2), (64, 64, 8, 2)],
-    "dkdv": [(64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (32, 32, 8, 1), (128, 64, 4, 2)],
-    "dq": [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 3), (64, 128, 4, 2), (64, 32, 8, 2)],
+    "forward": [
+        *[(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 4, 2)],
+        *[(64, 64, 4, 3), (64, 128, 4, 2), (64, 64, 8, 2)],
+    ],
+    "dkdv": [
+        *[(64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3)],
+        *[(32, 32, 8, 1), (128, 64, 4, 2), (32, 64, 4, 3)],
+    ],
+    "dq": [
+        *[(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 3)],
+        *[(64, 128, 4, 2), (64, 32, 8, 2), (128, 32, 4, 3)],
+    ],
 }
 
 
@@ -41,13 +50,16 @@ def problems(args):
 
 
 def run_all(args, hook):
-    """One forward and one backward of each problem, with `hook(kernel, flops, run)` in place of each tuned launch."""
+    """One forward and one backward of each problem, hook(kernel, problem, flops, run) in place of launches."""
     for head_dim, causal, seqlen, batch, heads in problems(args):
         spec = AttentionSpec(heads, heads, head_dim, "bfloat16", head_dim**-0.5, causal)
         q, k, v, dout = torch.randn(4, batch, seqlen, heads, head_dim, device="cuda", dtype=torch.bfloat16).unbind(0)
         flops = 4 * batch * heads * seqlen**2 * head_dim * (0.5 if causal else 1)
-        for module in (forward_module, backward_module):
-            module.run_tuned = lambda kernel, spec, device, run: hook(kernel, (head_dim, causal), flops, run)
+
+        def launch(kernel, spec, device, run, problem=(head_dim, causal), flops=flops):
+            hook(kernel, problem, flops, run)
+
+        forward_module.run_tuned = backward_module.run_tuned = launch
         out, lse = forward_function(q, k, v, spec=spec)
         backward_function(dout, q, k, v, out, lse, spec=spec)
 
@@ -80,7 +92,10 @@ def time_all(args):
                 ms = triton.testing.do_bench(lambda c=config: run(c), warmup=20, rep=60, return_mode="median")
                 rows.append((SHARE[kernel] * flops / ms * 1e-9, config))
         for tflops, config in sorted(rows, key=lambda row: -row[0])[: args.top]:
-            print(f"{kernel:8} D{problem[0]} {'causal' if problem[1] else 'full  '} {tflops:6.1f} TFLOP/s  {config}", flush=True)
+            print(
+                f"{kernel:8} D{problem[0]} {'causal' if problem[1] else 'full  '} {tflops:6.1f} TFLOP/s  {config}",
+                flush=True,
+            )
         return run(max(rows, key=lambda row: row[0])[1])
 
     run_all(args, hook)

@@ -9,7 +9,19 @@ from axo_flash import flash_attn_func
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
 F16, BF16 = torch.float16, torch.bfloat16
 HEAD_DIMS = (8, 24, 32, 40, 64, 72, 80, 96, 112, 128, 160, 192, 224, 256)
-LENGTHS = ((1, 1), (3, 3), (97, 113), (113, 97), (128, 128), (239, 239), (799, 1023), (1023, 799), (1, 1023), (1024, 1024), (65, 64))
+LENGTHS = (
+    (1, 1),
+    (3, 3),
+    (97, 113),
+    (113, 97),
+    (128, 128),
+    (239, 239),
+    (799, 1023),
+    (1023, 799),
+    (1, 1023),
+    (1024, 1024),
+    (65, 64),
+)
 DOCUMENTS = (
     ((128, 128), (1, 1), (500, 500), (97, 97), (3, 3)),
     ((0, 0), (113, 97), (1, 1), (0, 9), (12, 0), (300, 641), (64, 64)),
@@ -25,7 +37,14 @@ CASES = [
         Case(d, BF16, (4, 1), 1, s, c, w)
         for d in (64, 128)
         for s in ((239, 239), (500, 300), (300, 500), (1023, 1023))
-        for c, w in ((True, (0, -1)), (True, (64, -1)), (True, (200, -1)), (False, (33, 5)), (False, (-1, 70)), (False, (100, -1)))
+        for c, w in (
+            (True, (0, -1)),
+            (True, (64, -1)),
+            (True, (200, -1)),
+            (False, (33, 5)),
+            (False, (-1, 70)),
+            (False, (100, -1)),
+        )
     ),
     # documents, with and without rows behind the last
     *(
@@ -34,10 +53,20 @@ CASES = [
         for t in (F16, BF16)
         for h in ((4, 4), (6, 2))
         for lengths in DOCUMENTS
-        for tail, c, w in (((0, 0), True, (-1, -1)), ((70, 33), True, (-1, -1)), ((5, 0), False, (-1, -1)), ((5, 9), True, (50, -1)))
+        for tail, c, w in (
+            ((0, 0), True, (-1, -1)),
+            ((70, 33), True, (-1, -1)),
+            ((5, 0), False, (-1, -1)),
+            ((5, 9), True, (50, -1)),
+        )
     ),
     *(Case(d, BF16, (2, 1), lengths=((7, 7),) * 400, causal=True) for d in (64, 128)),
-    *(Case(d, BF16, h, 3, (333, 333), True, scale=s) for d in (64, 128) for h in ((8, 8), (8, 2), (8, 1)) for s in (None, 0.3)),
+    *(
+        Case(d, BF16, h, 3, (333, 333), True, scale=s)
+        for d in (64, 128)
+        for h in ((8, 8), (8, 2), (8, 1))
+        for s in (None, 0.3)
+    ),
 ]
 
 
@@ -50,7 +79,11 @@ def test_there_are_enough_cases():
     assert len(CASES) == len(set(CASES)) >= 300
 
 
-@pytest.mark.parametrize("case", [Case(128, BF16, (8, 2), 2, (1023, 1023), True), Case(64, F16, (4, 4), lengths=DOCUMENTS[0], causal=True)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case(128, BF16, (8, 2), 2, (1023, 1023), True), Case(64, F16, (4, 4), lengths=DOCUMENTS[0], causal=True)],
+    ids=str,
+)
 def test_bit_equal_from_run_to_run(case):
     inputs = Inputs(case, "cuda")
     first = run_backend(case, inputs, "triton")
@@ -83,7 +116,9 @@ def test_transposed_layouts_and_odd_strides():
         got = flash_attn_func(q, k, v, causal=True, backend="triton")
         want = flash_attn_func(*plain, causal=True, backend="triton")
         assert torch.equal(got, want)
-        for a, b in zip(torch.autograd.grad(got, (q, k, v), dout), torch.autograd.grad(want, plain, dout.contiguous()), strict=True):
+        for a, b in zip(
+            torch.autograd.grad(got, (q, k, v), dout), torch.autograd.grad(want, plain, dout.contiguous()), strict=True
+        ):
             assert torch.equal(a, b)
 
 

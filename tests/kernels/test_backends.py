@@ -11,7 +11,11 @@ F16 = torch.float16  # only: the interpreter truncates where it should round to 
 
 CASES = [
     *(Case(head_dim=d, seqlen=(35, 50), causal=True) for d in (8, 24, 40, 64, 80, 96, 128, 192, 256)),
-    *(Case(seqlen=(a, b), causal=c) for a, b in ((1, 1), (3, 3), (1, 97), (97, 1), (97, 113), (113, 97)) for c in (False, True)),
+    *(
+        Case(seqlen=(a, b), causal=c)
+        for a, b in ((1, 1), (3, 3), (1, 97), (97, 1), (97, 113), (113, 97))
+        for c in (False, True)
+    ),
     *(Case(heads=h, batch=2, seqlen=(33, 33), causal=True) for h in ((4, 4), (4, 2), (6, 1))),
     *(Case(window=w, seqlen=(97, 80)) for w in ((10, -1), (-1, 7), (5, 9), (0, 0), (200, 200))),
     *(Case(window=(w, -1), causal=True, head_dim=32) for w in (0, 1, 16, 31, 96, 97)),
@@ -23,7 +27,9 @@ CASES = [
         for tail in ((0, 0), (5, 11))
         for causal, window in ((False, (-1, -1)), (True, (-1, -1)), (True, (8, -1)))
     ),
-    Case(lengths=((3, 3),) * 140, causal=True, head_dim=16, heads=(1, 1)),  # more sequences than one chunk of the search
+    Case(
+        lengths=((3, 3),) * 140, causal=True, head_dim=16, heads=(1, 1)
+    ),  # more sequences than one chunk of the search
     Case(lengths=((0, 0), (0, 0)), tail=(4, 4), head_dim=16),
 ]
 

@@ -6,7 +6,9 @@ from axo_flash.kernels.spec import AttentionSpec
 
 
 def spec(**changes):
-    return AttentionSpec(**({"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": "float16", "softmax_scale": 0.1} | changes))
+    return AttentionSpec(
+        **({"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": "float16", "softmax_scale": 0.1} | changes)
+    )
 
 
 def mask(seqlen_q, seqlen_k, **changes):

@@ -54,7 +54,8 @@ def _dkdv_blocks(dk, dv, k, v, q_desc, dout_desc, q_base, dout_base, lse, delta,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
                  UNIT: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
                  VARLEN: tl.constexpr, TMA: tl.constexpr):
-    """Add what `count` query blocks, the masked or the full ones, contribute to dk and dv [BLOCK_N, BLOCK_D] of the keys col, col + 1, ..."""
+    """Add what `count` query blocks, the masked or the full ones, contribute to dk and dv [BLOCK_N, BLOCK_D] of the keys
+    col, col + 1, ..."""
     cols = col + tl.arange(0, BLOCK_N)
     for i in tl.range(0, count):
         row = block_number(i, lo, full_lo, full_hi, MASKED) * BLOCK_M
@@ -135,7 +136,8 @@ def _dq_blocks(dq, q, do, lse, delta, k_desc, v_desc, k_base, v_base, sequence, 
                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
                UNIT: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
                VARLEN: tl.constexpr, TMA: tl.constexpr):
-    """Add what `count` key blocks, the masked or the full ones, contribute to dq [BLOCK_M, BLOCK_D] of the queries row, row + 1, ..."""
+    """Add what `count` key blocks, the masked or the full ones, contribute to dq [BLOCK_M, BLOCK_D] of the queries
+    row, row + 1, ..."""
     rows = row + tl.arange(0, BLOCK_M)
     for i in tl.range(0, count):
         col = block_number(i, lo, full_lo, full_hi, MASKED) * BLOCK_N

@@ -28,7 +28,7 @@ def _blocks(acc, m, l, q, k_desc, v_desc, k_base, v_base, sequence, start_k, kv_
             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
             UNIT: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
             VARLEN: tl.constexpr, TMA: tl.constexpr):
-    """Fold `count` key blocks, the masked or the full ones, into acc [BLOCK_M, BLOCK_D], row maxima m and row sums l [BLOCK_M]."""
+    """Fold `count` key blocks, the masked or the full ones, into acc [BLOCK_M, BLOCK_D], the row maxima m and row sums l."""
     rows = row + tl.arange(0, BLOCK_M)
     for i in tl.range(0, count):
         col = block_number(i, lo, full_lo, full_hi, MASKED) * BLOCK_N
@@ -86,8 +86,8 @@ def forward_kernel(q, k, v, k_desc, v_desc, out, lse, cu_seqlens_q, cu_seqlens_k
     l = tl.zeros([BLOCK_M], tl.float32)
     lo, full_lo, full_hi, hi = block_range(row, seqlen_q, seqlen_k, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
     acc, m, l = _blocks(acc, m, l, q_tile, k_desc, v_desc, k_base, v_base, sequence, start_k, kv_head, stride_kn, stride_vn,
-                        num_masked(lo, full_lo, full_hi, hi), lo, full_lo, full_hi, row, seqlen_q, seqlen_k, left, right, scale_log2,
-                        BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, True, HAS_LEFT, HAS_RIGHT, VARLEN, TMA)
+                        num_masked(lo, full_lo, full_hi, hi), lo, full_lo, full_hi, row, seqlen_q, seqlen_k, left, right,
+                        scale_log2, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, True, HAS_LEFT, HAS_RIGHT, VARLEN, TMA)
     acc, m, l = _blocks(acc, m, l, q_tile, k_desc, v_desc, k_base, v_base, sequence, start_k, kv_head, stride_kn, stride_vn,
                         full_hi - full_lo, lo, full_lo, full_hi, row, seqlen_q, seqlen_k, left, right, scale_log2,
                         BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, UNIT, False, HAS_LEFT, HAS_RIGHT, VARLEN, TMA)

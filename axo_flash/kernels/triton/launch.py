@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -78,12 +78,13 @@ def run_tuned(kernel: str, spec: AttentionSpec, device: torch.device, run) -> No
     table's candidates, timed at the first call of each (kernel, architecture, head_dim, band)."""
     if INTERPRETED:
         return run(INTERPRETER[kernel])
-    key = kernel, _architecture(device), block_d(spec.head_dim), spec.band != (-1, -1)
+    key = kernel, _architecture(device), block_d(spec.head_dim)
     if os.environ.get("AXO_FLASH_AUTOTUNE") != "1":
         return run(default(*key))
-    if key not in _autotuned:
-        _autotuned[key] = _fastest(candidates(*key), run)
-    return run(_autotuned[key])
+    problem = (*key, spec.band != (-1, -1))
+    if problem not in _autotuned:
+        _autotuned[problem] = _fastest(candidates(*key), run)
+    return run(_autotuned[problem])
 
 
 _autotuned: dict[tuple, Config] = {}
@@ -99,7 +100,7 @@ def _fastest(configs: list[Config], run) -> Config:
     return min(times, key=times.get)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _architecture(device: torch.device) -> str:
     if torch.version.hip:
         return "amd"

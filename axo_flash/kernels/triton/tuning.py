@@ -36,18 +36,18 @@ INTERPRETER = {
 # Shared memory a program may use, KiB: sm_75 64, sm_80 163, sm_86/89/120 99, sm_90/100 227.
 _TABLE: dict[tuple[str, str], dict[int, list[Config]]] = {
     ("forward", "sm_90"): {
-        64: [Config(128, 64, 8, 3), Config(128, 64, 4, 3), Config(64, 64, 4, 3, tma=True)],
+        64: [Config(128, 64, 4, 3), Config(128, 64, 8, 3), Config(64, 64, 4, 3, tma=True)],
         128: [Config(128, 128, 8, 3), Config(64, 64, 4, 3, tma=True), Config(128, 64, 8, 3)],
         256: [Config(64, 64, 4, 3, tma=True), Config(64, 64, 8, 2, tma=True)],
     },
     ("dkdv", "sm_90"): {
-        64: [Config(64, 64, 4, 3, tma=True), Config(64, 64, 4, 2, tma=True)],
-        128: [Config(64, 64, 4, 2, tma=True), Config(64, 128, 8, 3, tma=True), Config(32, 128, 8, 2, tma=True)],
+        64: [Config(32, 64, 4, 3, tma=True), Config(128, 64, 4, 2, tma=True), Config(64, 64, 4, 3, tma=True)],
+        128: [Config(64, 64, 4, 2, tma=True), Config(64, 128, 8, 3, tma=True), Config(32, 64, 4, 3, tma=True)],
         256: [Config(64, 64, 4, 2, tma=True), Config(32, 32, 8, 1, tma=True)],
     },
     ("dq", "sm_90"): {
-        64: [Config(128, 64, 4, 3, tma=True), Config(64, 64, 4, 3, tma=True)],
-        128: [Config(128, 64, 8, 3, tma=True), Config(128, 128, 8, 2, tma=True), Config(64, 64, 4, 2, tma=True)],
+        64: [Config(128, 64, 4, 3, tma=True), Config(64, 64, 4, 2, tma=True)],
+        128: [Config(128, 64, 8, 3, tma=True), Config(64, 64, 4, 2, tma=True), Config(128, 128, 8, 2, tma=True)],
         256: [Config(64, 64, 4, 2, tma=True), Config(64, 32, 8, 2, tma=True)],
     },
     ("forward", "sm_80"): {
@@ -57,7 +57,7 @@ _TABLE: dict[tuple[str, str], dict[int, list[Config]]] = {
     },
     ("dkdv", "sm_80"): {
         64: [Config(64, 128, 8, 2), Config(64, 64, 4, 2)],
-        128: [Config(32, 128, 8, 2), Config(32, 64, 4, 2)],
+        128: [Config(32, 64, 4, 2), Config(64, 64, 8, 2)],
         256: [Config(32, 64, 8, 1)],
     },
     ("dq", "sm_80"): {
@@ -90,11 +90,6 @@ _TABLE: dict[tuple[str, str], dict[int, list[Config]]] = {
     ("dkdv", "amd"): {64: [Config(32, 64, 4, 1)], 128: [Config(32, 64, 4, 1)], 256: [Config(16, 32, 4, 1)]},
     ("dq", "amd"): {64: [Config(64, 32, 4, 1)], 128: [Config(64, 32, 4, 1)], 256: [Config(32, 16, 4, 1)]},
 }
-# where another default is faster once a window or causality cuts the rows short
-_BANDED = {
-    ("forward", "sm_90", 64): Config(64, 64, 4, 3, tma=True),
-    ("forward", "sm_90", 128): Config(64, 64, 4, 3, tma=True),
-}
 _DELTA = Config(64, 0, 4, 1)
 ARCHITECTURES = sorted({arch for _, arch in _TABLE})
 
@@ -106,15 +101,11 @@ def architecture(major: int, minor: int) -> str:
     return {7: "sm_75", 8: "sm_86", 9: "sm_90", 10: "sm_90", 11: "sm_90", 12: "sm_86"}.get(major, "sm_86")
 
 
-def candidates(kernel: str, arch: str, block_d: int, banded: bool) -> list[Config]:
+def candidates(kernel: str, arch: str, block_d: int) -> list[Config]:
     """The configurations to choose from; the first is the default."""
-    if kernel == "delta":
-        return [_DELTA]
-    block_d = max(block_d, 64)
-    configs = _TABLE[kernel, arch][block_d]
-    first = _BANDED.get((kernel, arch, block_d), configs[0]) if banded else configs[0]
-    return [first, *(config for config in configs if config != first)]
+    return [_DELTA] if kernel == "delta" else _TABLE[kernel, arch][max(block_d, 64)]
 
 
-def default(kernel: str, arch: str, block_d: int, banded: bool) -> Config:
-    return candidates(kernel, arch, block_d, banded)[0]
+def default(kernel: str, arch: str, block_d: int) -> Config:
+    """What runs unless autotuning is asked for."""
+    return candidates(kernel, arch, block_d)[0]

@@ -1,0 +1,215 @@
+"""train(config): the straight story of a run, from the YAML to the weights, the report and the loss curve."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from transformers import set_seed
+
+from axo_flash import metrics, sampling
+from axo_flash.callbacks import EarlyStopping, LossWatchdog, Meter, StopOnSignal
+from axo_flash.config import Config
+from axo_flash.data.dataset import PreparedData, prepare_data
+from axo_flash.demo import prepare as prepare_demo
+from axo_flash.model import LoadedModel, load_model, load_tokenizer
+from axo_flash.report import (
+    AttentionFacts,
+    RunReport,
+    Sample,
+    config_hash,
+    device_description,
+    plot_losses,
+    sample_text,
+    summary,
+    versions,
+)
+from axo_flash.trainer import KeepHistory, RunTrainer, checkpoint_to_resume, make_trainer, newest_checkpoint
+
+Say = Callable[[str], None]
+
+
+class Interrupted(Exception):
+    """Training was stopped by a signal, after the step that ran and with a checkpoint (`report.checkpoint`)."""
+
+    def __init__(self, report: RunReport, signal_number: int):
+        super().__init__(f"stopped by signal {signal_number} at step {report.steps}")
+        self.report, self.signal_number = report, signal_number
+
+
+def train(config: Config, say: Say = print) -> RunReport:
+    """Fine-tune as the configuration says.
+
+    Leaves in config.output_dir the adapter (or the weights) with the tokenizer, checkpoints, run_report.json and
+    loss.png. `say` gets the few lines that a person should read; progress goes to stderr.
+
+    Raises:
+        ModelError, DataError, DemoError: the run cannot start; the message says what to change.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved and the report written.
+    """
+    report = new_report(config)
+    phase = Phases(report.seconds)
+    checkpoint = checkpoint_to_resume(config)
+    with contextlib.ExitStack() as demo:
+        with phase("demo"):
+            demo.enter_context(prepare_demo(config, say))
+        with phase("data"):
+            tokenizer = load_tokenizer(config)
+            data = prepare_data(config, tokenizer)
+    with phase("model"):
+        loaded = load_model(config, tokenizer)
+    describe_inputs(report, config, loaded, data)
+    meter = Meter()
+    trainer = make_trainer(config, loaded, tokenizer, data, meter)
+    question = sampling.find_question(data.eval or data.train, tokenizer)
+
+    with phase("before"):
+        measure_before(report, trainer, question, resuming=checkpoint is not None)
+    metrics.reset_peak_memory()
+    with phase("training"), StopOnSignal(say) as stop:
+        run_steps(trainer, stop, config.seed, checkpoint)
+    describe_training(report, trainer, meter, checkpoint)
+    if stop.received is None:
+        with phase("after"):
+            measure_after(report, trainer, question)
+        with phase("saving"):
+            trainer.save_model(config.output_dir)
+    report.status = "finished" if stop.received is None else "interrupted"
+    finish(report, config, trainer, loaded, say)
+    if stop.received is not None:
+        raise Interrupted(report, stop.received)
+    return report
+
+
+class Phases:
+    """Wall time by phase: ``with phase("data"): ...`` adds to seconds["data"]."""
+
+    def __init__(self, seconds: dict[str, float]):
+        self.seconds = seconds
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time the block, however it ends."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+# -------------------------------------------------------------------------------------------------------- the steps
+
+
+def measure_before(report: RunReport, trainer: RunTrainer, question: sampling.Question | None, resuming: bool) -> None:
+    """Validation loss and sample answer of the model as it was loaded.
+
+    A resumed run takes the loss from its checkpoint's history; the answer is that of the weights before it.
+    """
+    if trainer.eval_dataset is not None and not resuming:
+        trainer.evaluate()
+    if question is not None:
+        tokenizer = trainer.processing_class
+        report.sample = Sample(question.prompt_text(tokenizer), question.expected_text(tokenizer))
+        report.sample.before = sampling.answer(trainer.model, tokenizer, question)
+
+
+def run_steps(trainer: RunTrainer, stop: StopOnSignal, seed: int, checkpoint: str | None) -> None:
+    """All optimizer steps, or those up to a signal."""
+    trainer.add_callback(KeepHistory(trainer.state.log_history))
+    trainer.add_callback(stop)
+    set_seed(seed)  # whatever was drawn before, rows and dropout start alike
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def measure_after(report: RunReport, trainer: RunTrainer, question: sampling.Question | None) -> None:
+    """Validation loss and sample answer of the trained model."""
+    if trainer.eval_dataset is not None:
+        report.eval_loss_after = trainer.last_eval_loss()
+    if report.sample is not None:
+        report.sample.after = sampling.answer(trainer.model, trainer.processing_class, question)
+
+
+def finish(report: RunReport, config: Config, trainer: RunTrainer, loaded: LoadedModel, say: Say) -> None:
+    """Write the report and the loss curve, and say what there is."""
+    report.history = trainer.state.log_history
+    report.attention = attention_facts(config, loaded)
+    written = report.write(config.output_dir)
+    picture = Path(config.output_dir) / "loss.png"
+    problem = plot_losses(report.history, picture, f"{Path(config.base_model).name}: loss")
+    say("")
+    if report.sample is not None:
+        say(sample_text(report.sample) + "\n")
+    say(summary(report))
+    say("")
+    if report.status == "finished":
+        say(f"{'adapter' if config.adapter else 'model'} and tokenizer: {config.output_dir}")
+    say(f"report: {written}")
+    say(f"loss curve: {picture}" if problem is None else f"no loss curve: {problem}")
+
+
+# -------------------------------------------------------------------------------------------------------- the report
+
+
+def new_report(config: Config) -> RunReport:
+    """A report with what is known before anything is loaded."""
+    values = config.to_dict()
+    return RunReport(
+        status="running",
+        config=values,
+        config_hash=config_hash(values),
+        seed=config.seed,
+        versions=versions(),
+        device=device_description(),
+    )
+
+
+def describe_inputs(report: RunReport, config: Config, loaded: LoadedModel, data: PreparedData) -> None:
+    """Note what was loaded: the model, its attention and the data."""
+    trainable, total = loaded.parameter_counts()
+    report.model = {
+        "base_model": config.base_model,
+        "family": loaded.family,
+        "parameters": total,
+        "trainable_parameters": trainable,
+        "adapter": config.adapter,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "dtype_reason": loaded.dtype_reason,
+    }
+    report.attention = attention_facts(config, loaded)
+    report.data = dataclasses.asdict(data.report)
+
+
+def attention_facts(config: Config, loaded: LoadedModel) -> AttentionFacts:
+    """Which attention the model has, and what really ran up to now."""
+    patch = loaded.patch_report
+    if patch is None:
+        layers = loaded.model.config.num_hidden_layers
+        return AttentionFacts(config.attn_implementation, layers, reason="as attn_implementation in the YAML asks")
+    return AttentionFacts(config.attn_implementation, patch.layers, patch.backend, patch.reason, patch.calls())
+
+
+def describe_training(report: RunReport, trainer: RunTrainer, meter: Meter, checkpoint: str | None) -> None:
+    """Note how training went: steps, losses, speed, memory, and why it stopped early if it did."""
+    state = trainer.state
+    losses = [row["loss"] for row in state.log_history if "loss" in row]
+    evaluations = [row for row in state.log_history if "eval_loss" in row]
+    report.steps, report.epochs = state.global_step, state.epoch or 0.0
+    report.first_loss, report.last_loss = (losses[0], losses[-1]) if losses else (None, None)
+    if evaluations and evaluations[0]["step"] == 0:
+        report.eval_loss_before = evaluations[0]["eval_loss"]
+    report.resumed_from, report.checkpoint = checkpoint, newest_checkpoint(trainer.args.output_dir)
+    guards = [cb for cb in trainer.callback_handler.callbacks if isinstance(cb, LossWatchdog | EarlyStopping)]
+    report.stopped_because = next((guard.stopped_because for guard in guards if guard.stopped_because), None)
+
+    cost = metrics.step_cost(trainer.model)
+    steady_tokens, steady_pairs, steady_seconds = meter.steady()
+    speed = report.speed
+    speed.tokens, speed.seconds, speed.first_step_seconds = meter.tokens, meter.seconds, meter.first_step_seconds
+    speed.tokens_per_second = meter.tokens_per_second
+    speed.flops = cost.flops(meter.tokens, meter.pairs)
+    speed.mfu = metrics.mfu(cost.flops(steady_tokens, steady_pairs), steady_seconds, metrics.device_name())
+    speed.packing_efficiency = report.data.get("packing_efficiency")
+    speed.peak_memory_bytes, speed.peak_memory_kind = metrics.peak_memory_bytes()
