@@ -280,9 +280,10 @@ def plot(results: list[Result], path: Path) -> None:
         axis.set_title(f"head_dim {panel[0]}, {panel[1]}", fontsize=10)
         axis.set_xlabel("seqlen")
     axes[0][0].set_ylabel("forward + backward, TFLOP/s")
-    axes[0][-1].legend(fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(names), fontsize=9, frameon=False)
     figure.suptitle(f"{results[0].gpu}, bf16, torch {results[0].torch}, triton {results[0].triton}", fontsize=10)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

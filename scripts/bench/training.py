@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from axo_flash import patch_model
+from axo_flash import metrics, patch_model
 
 BATCH, SEQLEN, WARMUP, STEPS = 4, 4096, 2, 5
 STACKS = ("hf+eager", "hf+sdpa-fa2", "hf+sdpa-cudnn", "axo_flash", "hf+sdpa-fa2", "hf+sdpa-cudnn", "axo_flash")
@@ -54,7 +54,7 @@ def make_model(stack):
 
 
 def run(stack, profile=False):
-    """(tokens/s of the median step, peak GiB, loss of the last step)"""
+    """(tokens/s of the median step, peak GiB, MFU, loss of the last step)"""
     model = make_model(stack)
     parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter in parameters:
@@ -85,7 +85,9 @@ def run(stack, profile=False):
         print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=16, max_name_column_width=60))
         del times[-1], losses[-1]
     seconds = sorted(times[WARMUP:])[STEPS // 2]
-    return BATCH * SEQLEN / seconds, torch.cuda.max_memory_allocated() / 2**30, losses[-1]
+    flops = metrics.step_cost(model).flops(BATCH * SEQLEN, BATCH * metrics.visible_pairs(SEQLEN))
+    mfu = metrics.mfu(flops, seconds, torch.cuda.get_device_name())
+    return BATCH * SEQLEN / seconds, torch.cuda.max_memory_allocated() / 2**30, mfu, losses[-1]
 
 
 def main():
@@ -98,7 +100,7 @@ def main():
     rows = []
     for stack in args.stacks:
         with sdpa_kernel(SDPA[stack]) if stack in SDPA else nullcontext():
-            tokens_per_s, peak_gib, loss = run(stack, args.profile)
+            tokens_per_s, peak_gib, mfu, loss = run(stack, args.profile)
         torch.cuda.empty_cache()
         print(f"{stack:10} {tokens_per_s:8.0f} tokens/s  {peak_gib:5.1f} GiB  loss {loss:.4f}", flush=True)
         rows.append(
@@ -107,6 +109,7 @@ def main():
                 "stack": stack,
                 "tokens_per_s": round(tokens_per_s),
                 "peak_gib": round(peak_gib, 1),
+                "mfu": mfu and round(mfu, 3),
                 "loss": round(loss, 4),
                 "gpu": torch.cuda.get_device_name(),
                 "torch": torch.__version__,

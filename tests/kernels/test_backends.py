@@ -66,6 +66,16 @@ def test_lse_gradient(backend):
         assert (a - b).abs().max() < 2e-3 * b.abs().max()
 
 
+def test_bfloat16():
+    """Within what truncating to bfloat16 (8 bits), as the interpreter does, can cost; tests/gpu holds it to the tolerance."""
+    from attention_cases import Inputs, run_backend
+
+    case = Case(dtype=torch.bfloat16, seqlen=(70, 70), causal=True)
+    inputs = Inputs(case, DEVICE)
+    for got, want in zip(*(run_backend(case, inputs, row.name) for row in BACKENDS), strict=True):
+        assert (got.float() - want.float()).norm() < 2**-6 * want.float().norm()
+
+
 def test_bit_equal_from_run_to_run():
     from attention_cases import Inputs, run_backend
 
