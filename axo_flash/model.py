@@ -109,7 +109,7 @@ def load_model(config: Config, tokenizer: Any) -> LoadedModel:
             **options,
         )
     _grow_embeddings(config, model, tokenizer)
-    report = _patched(config, model) if config.attn_implementation == "axo_fa" else None
+    report = _patched(config, model, dtype) if config.attn_implementation == "axo_fa" else None
     set_seed(config.seed)  # the adapter's random matrices come next
     if config.adapter:
         model = add_adapter(config, model)
@@ -119,9 +119,9 @@ def load_model(config: Config, tokenizer: Any) -> LoadedModel:
     return LoadedModel(model, model_config.model_type, dtype, reason, report)
 
 
-def _patched(config: Config, model: torch.nn.Module) -> PatchReport:
+def _patched(config: Config, model: torch.nn.Module, dtype: torch.dtype) -> PatchReport:
     try:
-        return patch_model(model, backend=config.attention_backend)
+        return patch_model(model, backend=config.attention_backend, dtype=dtype)
     except ValueError as error:
         raise ModelError(f"attention_backend: {config.attention_backend}: {error}") from error
 
