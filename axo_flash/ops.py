@@ -226,7 +226,7 @@ def _autograd(ctx, dout, dlse):
 
 
 def _no_double_backward(ctx, *grads):
-    raise NotImplementedError("axo_flash attention has no second derivative; use backend-free eager attention for it")
+    raise NotImplementedError("axo_flash attention has no second derivative: use eager attention where you need one")
 
 
 _library.impl("attention_forward", _forward, "CompositeExplicitAutograd")

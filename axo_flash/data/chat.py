@@ -14,8 +14,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from axo_flash.data.document import IGNORE, Document, RowError, column, shortened
 from axo_flash.data.files import DataError
-from axo_flash.data.formats import IGNORE, Document, RowError, column, shortened
 from axo_flash.data.templates import chat_template, end_of_turn_ids, template_words
 
 if TYPE_CHECKING:

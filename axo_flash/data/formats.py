@@ -14,33 +14,16 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from axo_flash.data.chat import make_chat_encoder
+from axo_flash.data.document import IGNORE, Document, RowError, column, missing_column, shortened, text_of, written
 from axo_flash.data.files import DataError
 
 if TYPE_CHECKING:
     from axo_flash.config import Config, DatasetConfig
 
-IGNORE = -100
 PRETOKENIZED = {"input_ids", "attention_mask", "labels"}
 MIN_LEN = 2  # tokens: one to predict from, one to predict
 COMPLETION_MAX_ROWS = 64  # a completion text longer than 64 x sequence_len is cut there, as in Axolotl
-
-
-class Document(NamedTuple):
-    """Token ids and labels of equal length; a label is its token, or -100 where no loss is taken."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-
-class RowError(ValueError):
-    """A row that cannot be used: counted under `reason`; the message says what is wrong with it."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.reason, str(self))
 
 
 Encoder = Callable[[Mapping[str, Any]], list[Document]]
@@ -100,7 +83,7 @@ class Instruction:
         """Everything before the answer."""
         if self.system_column:
             if self.system_column not in row and self.default_system is None:
-                raise _missing_column(row, self.system_column)
+                raise missing_column(row, self.system_column)
             system = row.get(self.system_column, self.default_system)
         else:
             system = self.system_with_input if input else self.system_without_input
@@ -319,8 +302,6 @@ def _encoder(dataset: DatasetConfig, config: Config, tokenizer: Any, tokenized: 
     if kind == "input_output":
         return SegmentsEncoder(tokenizer, train_on_inputs)
     if kind == "chat_template":
-        from axo_flash.data.chat import make_chat_encoder
-
         return make_chat_encoder(dataset, config, tokenizer)
     if kind.split(".")[0].split(":")[0] == "sharegpt":
         raise DataError(
@@ -348,50 +329,3 @@ def fit(document: Document, sequence_len: int, strategy: str = "drop") -> Docume
     if all(label == IGNORE for label in document.labels[1:]):  # the first token is predicted from nothing
         raise RowError("no trained token", "every label is masked (empty answer, or a prompt that fills sequence_len?)")
     return document
-
-
-# ---------------------------------------------------------------------------------------------------- values of a row
-def column(row: Mapping[str, Any], name: str) -> Any:
-    """The value under `name`; RowError that names the columns there are, if it is absent or null."""
-    if name not in row:
-        raise _missing_column(row, name)
-    if row[name] is None:
-        raise RowError(f"null {name!r}", f"column {name!r} is null")
-    return row[name]
-
-
-def text_of(row: Mapping[str, Any], name: str, optional: bool = False, nullable: bool = False) -> str:
-    """The text under `name`. "" where it is absent (`optional`) or null (`nullable`)."""
-    if (optional and name not in row) or (nullable and name in row and row[name] is None):
-        return ""
-    value = column(row, name)
-    if not isinstance(value, str):
-        raise RowError(
-            f"{name!r} is not text", f"column {name!r} holds {type(value).__name__} {shortened(value)}; text is wanted"
-        )
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(
-            "broken Unicode", f"column {name!r} holds a lone surrogate at character {error.start}"
-        ) from error
-    return value
-
-
-def written(row: Mapping[str, Any], name: str, optional: bool = False) -> str:
-    """As text_of, for a value that is written into a template: numbers are welcome, an optional null is ""."""
-    value = row.get(name)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    return text_of(row, name, optional, nullable=optional)
-
-
-def shortened(value: Any, limit: int = 60) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
-
-
-def _missing_column(row: Mapping[str, Any], name: str) -> RowError:
-    return RowError(
-        f"missing column {name!r}", f"no column {name!r}; the row has {', '.join(map(str, row)) or 'no columns'}"
-    )

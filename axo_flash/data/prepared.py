@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from axo_flash.data import records
+from axo_flash.data.document import RowError
 from axo_flash.data.files import DataError, DataFile, LocalCopy, fetch, find_mount, list_files, split_name
-from axo_flash.data.formats import RowEncoder, RowError, fit, make_encoder
+from axo_flash.data.formats import RowEncoder, fit, make_encoder
 
 if TYPE_CHECKING:
     import datasets

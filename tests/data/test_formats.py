@@ -10,8 +10,9 @@ import pytest
 
 from axo_flash.config import Config, DatasetConfig
 from axo_flash.data.chat import PLACEHOLDERS
+from axo_flash.data.document import IGNORE, Document, RowError
 from axo_flash.data.files import DataError
-from axo_flash.data.formats import IGNORE, Document, RowError, fit, make_encoder
+from axo_flash.data.formats import fit, make_encoder
 from axo_flash.data.templates import chat_template, template_names
 
 TOKENIZER = golden.tiny_tokenizer(plain=False)

@@ -10,7 +10,8 @@ import pytest
 
 from axo_flash.config import Config, DatasetConfig
 from axo_flash.data.dataset import prepare_data
-from axo_flash.data.formats import RowError, make_encoder
+from axo_flash.data.document import RowError
+from axo_flash.data.formats import make_encoder
 
 CASES = golden.cases()
 SEED = 42
