@@ -6,6 +6,7 @@ from torch.autograd import gradcheck
 
 from axo_flash import flash_attn_func, flash_attn_varlen_func
 from axo_flash.kernels import backends
+from axo_flash.kernels.spec import AttentionSpec
 
 
 def tensors(seqlen_q=5, seqlen_k=7, heads=4, kv_heads=2, head_dim=8, dtype=torch.float64, batch=(2,)):
@@ -145,6 +146,22 @@ def test_auto_says_once_why_it_took_another(caplog):
         flash_attn_func(*tensors())
     (record,) = caplog.records
     assert "'reference'" in record.message and "not triton" in record.message and "float64" in record.message
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "reason"),
+    [
+        ((7, 0), "float16", "compute capability 7.0 is below 7.5 (Turing)"),
+        ((7, 5), "bfloat16", "bfloat16 needs compute capability 8.0 (Ampere): use float16 here"),
+        ((7, 5), "float16", None),
+        ((8, 0), "bfloat16", None),
+    ],
+)
+def test_gpu_too_old_is_a_reason(monkeypatch, capability, dtype, reason):
+    triton = pytest.importorskip("axo_flash.kernels.triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    spec = AttentionSpec(4, 2, 64, dtype, softmax_scale=0.1)
+    assert triton.supports(spec, torch.device("cuda")) == reason
 
 
 def test_missing_triton_is_a_reason(monkeypatch):
