@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import os
 import platform
 import subprocess
@@ -57,7 +56,6 @@ def attention_lines(device) -> list[str]:
     from axo_flash.kernels.backends import choose_backend
     from axo_flash.kernels.spec import AttentionSpec
 
-    logging.getLogger("axo_flash").setLevel(logging.ERROR)  # the choices are said here, once
     lines = []
     for dtype in ("bfloat16", "float16", "float32"):
         spec = AttentionSpec(32, 32, 128, dtype, softmax_scale=128**-0.5, causal=True, varlen=True)

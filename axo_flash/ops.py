@@ -6,12 +6,16 @@ selective activation checkpointing and FSDP see one opaque call; which backend s
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
+from functools import cache
 
 import torch
 
-from axo_flash.kernels.backends import Choice, choose_backend
+from axo_flash.kernels.backends import BACKENDS, Choice, choose_backend
 from axo_flash.kernels.spec import MAX_HEAD_DIM, AttentionSpec
+
+logger = logging.getLogger(__name__)
 
 # Forward calls in this process by the backend that computed them, compiled models and the recomputation of gradient
 # checkpointing included: what a run states as what really ran.
@@ -167,8 +171,8 @@ def _check_cu_seqlens(q, cu_seqlens_q, cu_seqlens_k):
 # --- operators ------------------------------------------------------------------------------------------------------
 
 
-def backend_for(q, k, softmax_scale, causal, left, right, backend) -> tuple[AttentionSpec, Choice]:
-    """The spec of a call with these tensors, and the backend that serves it."""
+def _backend_for(q, k, softmax_scale, causal, left, right, backend) -> tuple[AttentionSpec, Choice]:
+    """The spec of a call with these tensors, and the backend that serves it; that it is not the best is logged once."""
     spec = AttentionSpec(
         num_heads=q.shape[-2],
         num_kv_heads=k.shape[-2],
@@ -179,17 +183,25 @@ def backend_for(q, k, softmax_scale, causal, left, right, backend) -> tuple[Atte
         window_size=(left, right),
         varlen=q.ndim == 3,
     )
-    return spec, choose_backend(spec, q.device, backend)
+    choice = choose_backend(spec, q.device, backend)
+    if backend == "auto" and choice.name != BACKENDS[0].name:
+        _say_once(f"attention runs on the backend '{choice.name}' ({choice.reason})")
+    return spec, choice
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, left, right, backend):
-    spec, choice = backend_for(q, k, softmax_scale, causal, left, right, backend)
+    spec, choice = _backend_for(q, k, softmax_scale, causal, left, right, backend)
     calls[choice.name] += 1
     return choice.module.forward(q, k, v, spec=spec, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
 
 
 def _backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, left, right, backend):
-    spec, choice = backend_for(q, k, softmax_scale, causal, left, right, backend)
+    spec, choice = _backend_for(q, k, softmax_scale, causal, left, right, backend)
     if dout.stride(-1) != 1:  # an expanded gradient, as of out.sum()
         dout = dout.contiguous()
     return choice.module.backward(

@@ -147,11 +147,11 @@ def test_without_triton(capsys, directory, monkeypatch):
         return importlib.import_module(name)
 
     monkeypatch.setattr(backends, "importlib", SimpleNamespace(import_module=import_module))
-    backends._choose.cache_clear()
+    backends.choose_backend.cache_clear()
     try:
         message = refused(capsys, "train", write_yaml(directory), "attention_backend=triton")
     finally:
-        backends._choose.cache_clear()
+        backends.choose_backend.cache_clear()
     assert 'pip install "axo-flash[flash-attn]"' in message
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from axo_flash import flash_attn_func, flash_attn_varlen_func
+from axo_flash import flash_attn_func, flash_attn_varlen_func, ops
 from axo_flash.kernels import backends
 from axo_flash.kernels.spec import AttentionSpec
 
@@ -141,7 +141,7 @@ def test_backend_asked_for_by_name_must_serve():
 
 
 def test_auto_says_once_why_it_took_another(caplog):
-    backends._say_once.cache_clear()
+    ops._say_once.cache_clear()
     for _ in range(2):
         flash_attn_func(*tensors())
     (record,) = caplog.records
@@ -167,14 +167,14 @@ def test_gpu_too_old_is_a_reason(monkeypatch, capability, dtype, reason):
 def test_missing_triton_is_a_reason(monkeypatch):
     """Without triton, `auto` computes and says so; by name, the error carries the pip command."""
     monkeypatch.setattr(backends.BACKENDS[0].__class__, "module", property(lambda row: _home(row)), raising=False)
-    backends._choose.cache_clear()
+    backends.choose_backend.cache_clear()
     try:
         spec_inputs = tensors(dtype=torch.float32)
         with pytest.raises(ValueError, match=r"triton is not installed: pip install"):
             flash_attn_func(*spec_inputs, backend="triton")
         flash_attn_func(*spec_inputs)
     finally:
-        backends._choose.cache_clear()
+        backends.choose_backend.cache_clear()
 
 
 def _home(row):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import logging
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from types import ModuleType
 
 import torch
 
 from axo_flash.kernels.spec import AttentionSpec
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,8 +38,9 @@ class Choice:
     reason: str
 
 
+@lru_cache(maxsize=1024)
 def choose_backend(spec: AttentionSpec, device: torch.device, name: str = "auto") -> Choice:
-    """The first backend of BACKENDS that computes `spec` on `device`; a better one that cannot is named once in the log.
+    """The first backend of BACKENDS that computes `spec` on `device`, with what is wrong with each better one.
 
     Args:
         name: "auto", or the name of the backend that must serve.
@@ -50,14 +48,6 @@ def choose_backend(spec: AttentionSpec, device: torch.device, name: str = "auto"
     Raises:
         ValueError: no such backend, or none that can serve; names every reason.
     """
-    choice = _choose(spec, torch.device(device), name)
-    if name == "auto" and choice.name != BACKENDS[0].name:
-        _say_once(f"attention runs on the backend '{choice.name}' ({choice.reason})")
-    return choice
-
-
-@lru_cache(maxsize=1024)
-def _choose(spec: AttentionSpec, device: torch.device, name: str) -> Choice:
     rows = BACKENDS if name == "auto" else [row for row in BACKENDS if row.name == name]
     if not rows:
         raise ValueError(
@@ -81,8 +71,3 @@ def _load(row: Backend) -> tuple[ModuleType | None, str | None]:
         if error.name != row.requires:
             raise
         return None, f"the package {row.requires} is not installed: {row.install}"
-
-
-@cache
-def _say_once(message: str) -> None:
-    logger.warning(message)

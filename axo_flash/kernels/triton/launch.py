@@ -54,8 +54,10 @@ class Call:
         return (self.tiles(x, block) * heads * (1 if self.varlen else self.batch),)
 
     def can_describe(self, *tensors: torch.Tensor) -> bool:
-        """Whether the copy engine can read these: 16-byte aligned, and 16-byte strides."""
-        return self.constants["UNIT"] == 8 and all(x.data_ptr() % 16 == 0 and x.numel() for x in tensors)
+        """Whether the copy engine can read these: 16-byte aligned, 16-byte strides, nothing expanded or empty."""
+        return self.constants["UNIT"] == 8 and all(
+            x.numel() and x.data_ptr() % 16 == 0 and min(x.stride()) > 0 for x in tensors
+        )
 
     def describe(self, x: torch.Tensor, block: int) -> TensorDescriptor:
         """Blocks [1, block, 1, BLOCK_D] of (batch, seqlen, heads, head_dim); a varlen x is one long sequence."""
@@ -78,6 +80,9 @@ def run_tuned(kernel: str, spec: AttentionSpec, device: torch.device, run) -> No
     table's candidates, timed at the first call of each (kernel, architecture, head_dim, band)."""
     if INTERPRETED:
         return run(INTERPRETER[kernel])
+    if device.index != torch.cuda.current_device():  # Triton launches on the current device, wherever the tensors are
+        with torch.cuda.device(device):
+            return run_tuned(kernel, spec, device, run)
     key = kernel, _architecture(device), block_d(spec.head_dim)
     if os.environ.get("AXO_FLASH_AUTOTUNE") != "1":
         return run(default(*key))
