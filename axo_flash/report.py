@@ -164,7 +164,7 @@ def summary(report: RunReport) -> str:
         ("attention", attention_line(report.attention)),
         ("data", data_line(report)),
         ("steps", steps_line(report)),
-        ("loss", change(report.first_loss, report.last_loss)),
+        ("loss", train_loss_line(report)),
     ]
     if report.eval_loss_before is not None or report.eval_loss_after is not None:
         rows.append(("eval loss", change(report.eval_loss_before, report.eval_loss_after)))
@@ -233,6 +233,13 @@ def steps_line(report: RunReport) -> str:
     if report.stopped_because:
         line += f"; {report.stopped_because}"
     return line
+
+
+def train_loss_line(report: RunReport) -> str:
+    """The first and the last training loss in the log, with their steps: one batch each, so noise can hide the trend."""
+    line = change(report.first_loss, report.last_loss)
+    steps = [row["step"] for row in report.history if "loss" in row]
+    return line + (f" (logged at steps {steps[0]:,} and {steps[-1]:,})" if len(steps) > 1 else "")
 
 
 def speed_line(speed: Speed) -> str:

@@ -14,6 +14,7 @@ from axo_flash.report import (
     plot_losses,
     sample_text,
     table,
+    train_loss_line,
     versions,
 )
 
@@ -56,6 +57,12 @@ def test_attention_line_tells_a_fallback():
     wrong = AttentionFacts("axo_fa", 30, "triton", "the best there is", {"triton": 118, "reference": 2})
     assert "2 of them elsewhere" in attention_line(wrong)
     assert "Hugging Face's sdpa" in attention_line(AttentionFacts("sdpa", 30, reason="as asked"))
+
+
+def test_train_loss_names_the_two_steps_it_comes_from():
+    report = RunReport("finished", {}, 1, {}, "a CPU", first_loss=2.9, last_loss=2.2, history=HISTORY)
+    assert train_loss_line(report) == "2.9000 -> 2.2000 (logged at steps 1 and 8)"
+    assert train_loss_line(RunReport("finished", {}, 1, {}, "a CPU")) == "- -> -"
 
 
 def test_table_aligns_and_wraps():
