@@ -298,7 +298,7 @@ def _make(config: Config, encoders: list[RowEncoder], origins: list[Origin], wor
         cache_file_name=str(target / "data.arrow"),
         load_from_cache_file=False,
         new_fingerprint=_digest(str(target))[:16],
-        desc=f"Tokenising {sum(totals):,} rows",
+        desc=f"Tokenising {sum(totals):,} rows in {len(units):,} parts",
     )
     files = [
         {"rows": _selected(source, start, ranks[dataset]) + len(source.bad), "unit": source.unit, "bad": source.bad}
