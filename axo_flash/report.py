@@ -293,9 +293,10 @@ def plot_losses(history: list[dict[str, Any]], path: str | Path, title: str) -> 
     axes.plot(*zip(*train, strict=True), color="#4878a8", linewidth=1.2, marker=marker, label="training")
     if evaluation:
         axes.plot(*zip(*evaluation, strict=True), color="#c8553d", linewidth=1.8, marker="o", label="validation")
-        for (step, loss), align in zip((evaluation[0], evaluation[-1]), ("left", "right"), strict=True):
-            style = {"ha": align, "color": "#c8553d", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
-            axes.annotate(f"{loss:.3f}", (step, loss), xytext=(0, 9), textcoords="offset points", **style)
+        above, beside = {"xytext": (0, 9)}, {"xytext": (9, 0), "va": "center"}  # beside the last, where no curve runs
+        ends = evaluation[:1] + evaluation[1:][-1:]
+        for (step, loss), place in zip(ends, (above, beside), strict=False):
+            axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", color="#c8553d", **place)
     axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
