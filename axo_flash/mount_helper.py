@@ -64,7 +64,7 @@ class Helper:
                 self._died(path, offset)
             if message is None:
                 self.usable = False
-                raise Fault(errno.ETIMEDOUT, f"no progress for {allowed:.0f} s", path, offset)
+                raise Fault(errno.ETIMEDOUT, f"no progress for {allowed:.3g} s", path, offset)
             if "result" in message:
                 return message["result"]
             if "fault" in message:

@@ -76,21 +76,22 @@ class Usage(NamedTuple):
 class MountError(UserError):
     """A mounted path could not be used; the message says where, which fault, for how long it was tried, what to do.
 
-    `code` is the errno, `path` and `offset` say where, `tries` and `seconds` how long; `passing` tells a fault that
-    may still pass (the time was up) from one that cannot.
+    `code` is the errno, `path` says where and `offset` how far any try came, in bytes; `tries` and `seconds` say for how
+    long it was tried; `passing` tells a fault that may still pass (the time was up) from one that cannot.
     """
 
-    def __init__(self, operation: str, fault: Fault, tries: int, seconds: float, passing: bool):
-        self.operation, self.code, self.path, self.offset = operation, fault.code, fault.path, fault.offset
+    def __init__(self, operation: str, fault: Fault, furthest: int, tries: int, seconds: float, passing: bool):
+        self.operation, self.code, self.path = operation, fault.code, fault.path
+        self.offset = furthest if fault.offset is None else max(furthest, fault.offset)
         self.tries, self.seconds, self.passing = tries, seconds, passing
         mount = find_mount(fault.path)
         name = errno.errorcode.get(fault.code, f"errno {fault.code}")
-        at = f" at byte {fault.offset:,}" if fault.offset is not None else ""
+        got = f", which got to byte {self.offset:,}," if self.offset else ""
         tried = f"{tries} {'try' if tries == 1 else 'tries'} in {seconds:.1f} s"
         why = "gave up after" if passing else "not tried again:"
         advice = ADVICE.get(fault.code, OTHER_ADVICE).format(point=mount.mount_point)
         super().__init__(
-            f"{operation} of {fault.path}{at} on {mount} failed: {name}, {fault.text} ({why} {tried}). {advice}"
+            f"{operation} of {fault.path}{got} on {mount} failed: {name}, {fault.text} ({why} {tried}). {advice}"
         )
 
 
@@ -153,9 +154,8 @@ class MountIO:
         timeout: float = TIMEOUT,
         stall_timeout: float = STALL_TIMEOUT,
         start_helper: Callable[[], Any] = Helper,
-        first_pause: float = FIRST_PAUSE,
     ):
-        self.timeout, self.stall_timeout, self.first_pause = timeout, stall_timeout, first_pause
+        self.timeout, self.stall_timeout = timeout, stall_timeout
         self.stats = MountStats()
         self._start_helper, self._helper = start_helper, None
         self._left_behind: list[tuple[Any, str | None]] = []  # (helper, the path that it may still write to)
@@ -265,7 +265,7 @@ class MountIO:
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(state.passes),
-            wait=tenacity.wait_random_exponential(multiplier=self.first_pause, max=LONGEST_PAUSE),
+            wait=tenacity.wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE),
             stop=pause_over_deadline,
             before_sleep=before_pause,
             reraise=True,
@@ -276,7 +276,9 @@ class MountIO:
                 return retrying(self._try, operation, state, arguments)
             except Fault as fault:
                 seconds = time.monotonic() - state.started
-                raise MountError(operation, fault, state.number, seconds, state.passes(fault)) from fault
+                raise MountError(
+                    operation, fault, state.furthest, state.number, seconds, state.passes(fault)
+                ) from fault
             finally:
                 self.stats.seconds += time.monotonic() - state.started
 
