@@ -53,8 +53,10 @@ class Helper:
         path: str,
     ) -> Any:
         """The result of an operation; `heard` gets its messages. Raises Fault, ETIMEDOUT if there is no progress."""
+        request = memoryview(json.dumps({"operation": operation, **arguments}).encode() + b"\n")
         try:
-            self.process.stdin.write(json.dumps({"operation": operation, **arguments}).encode() + b"\n")
+            while request:  # a signal may cut a write to a pipe short
+                request = request[self.process.stdin.write(request) :]
         except BrokenPipeError:
             self._died(path, None)
         offset, allowed = None, stall_timeout

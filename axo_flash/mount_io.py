@@ -89,10 +89,14 @@ class MountError(UserError):
         got = f", which got to byte {self.offset:,}," if self.offset else ""
         tried = f"{tries} {'try' if tries == 1 else 'tries'} in {seconds:.1f} s"
         why = "gave up after" if passing else "not tried again:"
-        advice = ADVICE.get(fault.code, OTHER_ADVICE).format(point=mount.mount_point)
         super().__init__(
-            f"{operation} of {fault.path}{got} on {mount} failed: {name}, {fault.text} ({why} {tried}). {advice}"
+            f"{operation} of {fault.path}{got} on {mount} failed: {name}, {fault.text} ({why} {tried}). {advice(fault)}"
         )
+
+
+def advice(fault: Fault) -> str:
+    """What a person can do about a fault."""
+    return ADVICE.get(fault.code, OTHER_ADVICE).format(point=find_mount(fault.path).mount_point)
 
 
 @dataclass

@@ -228,7 +228,7 @@ def data_line(report: RunReport) -> str:
 
 def transfer_line(transfer: dict[str, Any]) -> str:
     """What it took to bring the data files from their mounts to local disk."""
-    line = f"brought from the mount once: {transfer['bytes'] / 1e6:,.1f} MB in {duration(transfer['seconds'])}"
+    line = f"brought from the mount once: {transfer['bytes']:,} bytes in {duration(transfer['seconds'])}"
     line += f", {transfer['retries']:,} faults met and tried again" if transfer["retries"] else ", no fault met"
     line += f" ({transfer['stalls']:,} of them hung)" if transfer["stalls"] else ""
     return line + f", {transfer['verified']:,} of {transfer['files']:,} files checked by manifest"
