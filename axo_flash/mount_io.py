@@ -202,16 +202,22 @@ class MountIO:
         return [(path, is_dir) for path, is_dir in self._run("glob", pattern, name="pattern")]
 
     def copy_in(
-        self, src_on_mount: str, local_dst: str, progress: Callable[[int], None] | None = None, listed: bool = False
+        self,
+        src_on_mount: str,
+        local_dst: str,
+        progress: Callable[[int], None] | None = None,
+        listed: bool = False,
+        durable: bool = True,
     ) -> CopiedFile:
         """Copy a file to local disk in one sequential pass, and again from the start if it changed meanwhile.
 
-        `local_dst` appears whole, flushed to disk, or not at all. `progress` gets the bytes that are there; after a
-        fault it starts again. `listed`: a listing names the file, so that its absence may be a fault that passes.
+        `local_dst` appears whole or not at all. `progress` gets the bytes that are there; after a fault it starts again.
+        `listed`: a listing names the file, so that its absence may be a fault that passes. `durable`: flushed to the
+        disk (fsync); needless for a copy that this process alone will read.
         """
         local = os.path.abspath(local_dst)
         state = _Try(os.fspath(src_on_mount), writes=False, local=local, retry_missing=listed, progress=progress)
-        copied = CopiedFile(*self._run("copy_in", state, name="src", dst=local))
+        copied = CopiedFile(*self._run("copy_in", state, name="src", dst=local, durable=durable))
         self.stats.bytes_in += copied.size
         return copied
 

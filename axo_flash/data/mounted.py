@@ -104,7 +104,10 @@ def _copy(job: _Job, io: MountIO) -> None:
     seen: set[str] = set()
     while True:
         with progress_bar(job.file.path, job.size) as bar:
-            copied = io.copy_in(job.file.path, str(job.target), lambda at: bar.update(at - bar.n), listed=True)
+            # not durable: the next run reads it anew, and what is tokenised is flushed when it is published
+            copied = io.copy_in(
+                job.file.path, str(job.target), lambda at: bar.update(at - bar.n), listed=True, durable=False
+            )
         job.copy = LocalCopy(job.target, copied.sha256, copied.size, copied.mtime_ns)
         job.copied_at = time.monotonic()
         if job.sha256 in (None, copied.sha256):
