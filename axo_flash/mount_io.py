@@ -42,6 +42,7 @@ ADVICE = {
     errno.ENOTDIR: "A part of the path is a file: correct the path.",
     errno.EEXIST: "Nothing on a mount is ever overwritten: remove it, or name another path.",
     errno.ENOENT: "It was removed, or its name is wrong.",
+    errno.ECANCELED: "The run is ending: start it again to go on.",
     errno.ENOTCONN: "The daemon behind the mount has died or nothing is mounted: unmount what is left "
     "(`fusermount3 -uz {point}`) and mount it again.",
     errno.ETIMEDOUT: "The daemon or the store behind it hangs: look at its log, and restart it (`fusermount3 -uz "
@@ -165,6 +166,7 @@ class MountIO:
         self._left_behind: list[tuple[Any, str | None]] = []  # (helper, the path that it may still write to)
         self._mount_points: set[str] = set()
         self._lock = threading.RLock()
+        self._stopped = threading.Event()
 
     def __enter__(self) -> MountIO:
         return self
@@ -178,6 +180,16 @@ class MountIO:
             if self._helper is not None:
                 self._helper.close()
                 self._helper = None
+
+    def stop(self) -> None:
+        """From any thread: the call that runs, and every later one, raises MountError (ECANCELED) within a second.
+
+        For a process that has to leave now. What was being written is incomplete then.
+        """
+        self._stopped.set()
+        helper = self._helper
+        if helper is not None:
+            helper.cancel()
 
     def expect_mount(self, mount_point: str) -> None:
         """From now on a path below `mount_point` is only touched while something is mounted there."""
@@ -278,6 +290,7 @@ class MountIO:
             wait=tenacity.wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE),
             stop=pause_over_deadline,
             before_sleep=before_pause,
+            sleep=self._stopped.wait,
             reraise=True,
         )
         with self._lock:
@@ -326,7 +339,8 @@ class MountIO:
         """Have the helper do it; leave the helper behind if it hangs, or if we are interrupted meanwhile."""
         if self._helper is None:
             self._helper = self._start_helper()
-
+        if self._stopped.is_set():  # looked at with the helper in its place: `stop` sees either the one or the other
+            raise Fault(errno.ECANCELED, "it was told to stop", state.path)
         left = self.timeout - (time.monotonic() - state.advanced)
         patience = min(self.stall_timeout, max(left, LEAST_PATIENCE))
         try:

@@ -343,6 +343,21 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(io, places):
     assert io.listdir(str(places[0])) == ["file", "tree"]
 
 
+@pytest.mark.parametrize("where", ["hanging", "pausing"])
+def test_a_call_is_stopped_from_another_thread(places, monkeypatch, where):
+    if where == "hanging":
+        os.mkfifo(places[0] / "file2")
+    else:
+        monkeypatch.setattr(mount_io, "FIRST_PAUSE", 50.0)
+    started = time.monotonic()
+    with MountIO(timeout=100, stall_timeout=50) as io:
+        threading.Timer(0.4, io.stop).start()
+        for _ in range(2):  # the one that runs, and later ones
+            with pytest.raises(MountError, match="ECANCELED, it was told to stop"):
+                io.copy_in(str(places[0] / "file2"), str(places[1] / "copy"), listed=True)
+    assert time.monotonic() - started < 10
+
+
 def test_the_helper_ends_with_its_parent(places):
     code = "import os,sys; from axo_flash.mount_io import MountIO; io = MountIO(); io.stat('/'); "
     code += "print(io._helper.process.pid, flush=True); os.kill(os.getpid(), 9)"
