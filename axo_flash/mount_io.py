@@ -196,9 +196,12 @@ class MountIO:
         self._mount_points.add(os.path.abspath(mount_point))
 
     # ----------------------------------------------------------------------------------------------------- operations
-    def stat(self, path: str) -> FileInfo | None:
-        """What is at `path`; None if it is known that there is nothing (a mount that is dead raises)."""
-        found = self._run("stat", path)
+    def stat(self, path: str, listed: bool = False) -> FileInfo | None:
+        """What is at `path`; None if it is known that there is nothing (a mount that is dead raises).
+
+        `listed`: a listing names the path, so that its absence may be a fault that passes; None is never the answer.
+        """
+        found = self._run("stat", _Try(os.fspath(path), writes=False, retry_missing=listed), listed=listed)
         return None if found is None else FileInfo(*found)
 
     def listdir(self, path: str) -> list[str]:

@@ -49,12 +49,17 @@ def naming(path: str, offset: int | None = None) -> Iterator[None]:
 
 
 # ----------------------------------------------------------------------------------------------------- looking around
-def stat_path(report: Report, path: str) -> list | None:
-    """[size, mtime_ns, is_dir], or None if there is nothing: os.path.exists would say so of a dead mount too."""
+def stat_path(report: Report, path: str, listed: bool = False) -> list | None:
+    """[size, mtime_ns, is_dir], or None if there is nothing: os.path.exists would say so of a dead mount too.
+
+    `listed`: a listing names it, and its absence is a fault.
+    """
     with naming(path):
         try:
             found = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
+            if listed:
+                raise
             return None
     return [found.st_size, found.st_mtime_ns, stat.S_ISDIR(found.st_mode)]
 
@@ -115,8 +120,18 @@ def _all_below(report: Report, place: str) -> Iterator[tuple[str, bool]]:
 
 def _entries(folder: str) -> list[tuple[str, bool, bool]]:
     """(name, is_dir, is_symlink) of a folder, sorted."""
+    found = []
     with naming(folder), os.scandir(folder) as entries:
-        return sorted((entry.name, entry.is_dir(), entry.is_symlink()) for entry in entries)
+        for entry in entries:
+            is_dir, is_link = entry.is_dir(), entry.is_symlink()
+            # where a listing does not tell types, is_dir looks, and takes what a cache does not know yet for no folder
+            if not (is_dir or is_link or entry.is_file()):
+                try:
+                    os.lstat(entry.path)
+                except FileNotFoundError:
+                    raise Fault(errno.ESTALE, "it is listed, and is not there", entry.path) from None
+            found.append((entry.name, is_dir, is_link))
+    return sorted(found)
 
 
 def usage(report: Report, path: str) -> list[int]:

@@ -69,10 +69,8 @@ def bring(files: list[tuple[DataFile, Path]], io: MountIO) -> tuple[list[LocalCo
     expected = _manifests([file for file, _ in files], io)
     jobs = []
     for file, directory in files:
-        info = io.stat(file.path)
-        if info is None:
-            raise DataError(f"{file.path} was listed and is not there any more: start again, or restore it.")
-        jobs.append(_Job(file, copy_path(file, directory), info.size, expected.get(file.path)))
+        size = io.stat(file.path, listed=True).size
+        jobs.append(_Job(file, copy_path(file, directory), size, expected.get(file.path)))
     _refuse_full_disk(jobs)
     for job in jobs:
         _copy(job, io)
@@ -134,16 +132,15 @@ def _settle(jobs: list[_Job], io: MountIO) -> None:
     while waiting:
         job = waiting.pop(0)
         time.sleep(max(0.0, job.copied_at + ATTRIBUTE_CACHE_SECONDS - time.monotonic()))
-        info = io.stat(job.file.path)
-        if info is not None and (info.size, info.mtime_ns) == (job.copy.size, job.copy.mtime_ns):
+        info = io.stat(job.file.path, listed=True)
+        if (info.size, info.mtime_ns) == (job.copy.size, job.copy.mtime_ns):
             continue
-        now = "gone" if info is None else f"{info.size} bytes"
         if time.monotonic() > deadline:
             raise DataError(
-                f"{job.file.path} on {job.file.mount} keeps changing: read with {job.copy.size} bytes, now {now}. Wait "
-                "until it is written, or give the data a name of its own."
+                f"{job.file.path} on {job.file.mount} keeps changing: read with {job.copy.size} bytes, now {info.size} "
+                "bytes. Wait until it is written, or give the data a name of its own."
             )
-        LOG.warning("%s was read with %d bytes, now it is %s: read again", job.file.path, job.copy.size, now)
+        LOG.warning("%s has changed, from %d to %d bytes: read again", job.file.path, job.copy.size, info.size)
         _copy(job, io)
         waiting.append(job)
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -80,6 +81,14 @@ def test_faults_that_pass_leave_no_trace_in_the_rows(mount, prepared, rule):
     assert report.transfer.retries == (0 if rule["action"] == "short" else 2)  # the next read goes on where one ended
 
 
+@pytest.mark.parametrize("skip", [0, 1, 2, 5])
+def test_a_cache_that_does_not_know_a_listed_file_yet(mount, prepared, skip):
+    mount.fail(
+        {"op": "getattr", "action": "errno", "errno": "ENOENT", "path": "/train.jsonl", "skip": skip, "count": 6}
+    )
+    assert right(prepared().report)
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
@@ -101,6 +110,13 @@ def test_a_hang_is_left_behind_and_over(mount, prepared):
     mount.fail({"op": "read", "action": "hang", "count": 1})
     report = prepared().report
     assert right(report) and report.transfer.stalls == 1
+
+
+def test_a_daemon_that_is_frozen_and_thawed(mount, prepared):
+    mount.daemon.send_signal(signal.SIGSTOP)
+    threading.Timer(2.0, mount.daemon.send_signal, [signal.SIGCONT]).start()
+    report = prepared(data_timeout=20.0).report
+    assert right(report) and report.transfer.stalls >= 1
 
 
 def test_a_hang_for_ever_ends_in_time(mount, prepared):
