@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "axo_flash"
 # from the ground up; a module may import what stands on a lower floor, or beside it in its own package
 FLOORS = [
     ["errors", "metrics", "kernels.spec"],
-    ["kernels.reference", "kernels.triton"],
+    ["kernels.reference", "kernels.triton", "kernels.hopper"],
     ["kernels.backends"],
     ["ops", "varlen"],
     ["layout"],
