@@ -107,7 +107,8 @@ class Verdict:
 
 
 def kernel_verdict() -> Verdict:
-    """Run the Triton kernel, forward and backward, against the fp32 reference: on the GPU, or else interpreted.
+    """Run the kernels, forward and backward, against the fp32 reference: on the GPU those that serve it, else Triton's
+    interpreted.
 
     Without Triton there is nothing to run: training goes through the reference itself.
     """
@@ -116,22 +117,39 @@ def kernel_verdict() -> Verdict:
     if importlib.util.find_spec("triton") is None:
         install = 'pip install "axo-flash[flash-attn]"'
         return Verdict(True, f"triton is not installed ({install}): the reference computes attention, slowly but right")
+    names, where = ["triton"], "in Triton's interpreter (no GPU)"
     if torch.cuda.is_available():
-        try:
-            errors = kernel_errors("cuda")
-        except ValueError as error:  # an unsupported GPU: auto takes the reference there, and says so
-            return Verdict(True, f"triton does not serve this GPU: {error}")
-        where = "on the GPU"
+        names, where = gpu_backends(), "on the GPU"
+        if not names:  # auto takes the reference there, and says so
+            return Verdict(True, "no kernel serves this GPU (see attention above for the reasons)")
+        errors = {f"{name} {x}": e for name in names for x, e in kernel_errors("cuda", name).items()}
     else:
-        errors, where = interpreted_errors(), "in Triton's interpreter (no GPU)"
+        errors = interpreted_errors()
     if isinstance(errors, str):
         return Verdict(False, f"triton failed {where}: {errors}")
     wrong = {name: f"{error:.1e} > {limit:.1e}" for name, (error, limit) in errors.items() if not error <= limit}
     if wrong:
-        return Verdict(False, f"triton computes wrong numbers {where}: {wrong}")
+        return Verdict(False, f"{' and '.join(names)}: wrong numbers {where}: {wrong}")
     worst = max(error / limit for error, limit in errors.values())
-    agree = f"triton's forward and backward agree with the reference {where}"
+    agree = f"forward and backward of {' and '.join(names)} agree with the reference {where}"
     return Verdict(True, f"{agree} (largest error {worst:.0%} of the limit)")
+
+
+def gpu_backends() -> list[str]:
+    """The backends other than the reference that serve this GPU, best first."""
+    import torch
+
+    from axo_flash.kernels.backends import BACKENDS, choose_backend
+    from axo_flash.kernels.spec import AttentionSpec
+
+    spec = AttentionSpec(4, 2, 64, "float16", softmax_scale=0.125, causal=True)
+    names = []
+    for row in BACKENDS:
+        try:
+            names.append(choose_backend(spec, torch.device("cuda", torch.cuda.current_device()), row.name).name)
+        except ValueError:
+            continue
+    return [name for name in names if name != "reference"]
 
 
 def interpreted_errors() -> dict[str, tuple[float, float]] | str:
@@ -150,8 +168,8 @@ def interpreted_errors() -> dict[str, tuple[float, float]] | str:
     return {name: tuple(pair) for name, pair in json.loads(result.stdout.splitlines()[-1]).items()}
 
 
-def kernel_errors(device: str) -> dict[str, tuple[float, float]]:
-    """(error, limit) of out, dq, dk and dv of the Triton kernel on a small causal GQA problem.
+def kernel_errors(device: str, backend: str = "triton") -> dict[str, tuple[float, float]]:
+    """(error, limit) of out, dq, dk and dv of a backend on a small causal GQA problem.
 
     The error is the largest difference from the reference in fp32; the limit is 2x (out) or 3x (gradients) that of the
     same formula in plain fp16 PyTorch.
@@ -176,7 +194,7 @@ def kernel_errors(device: str) -> dict[str, tuple[float, float]]:
     exact = run(
         lambda q, k, v: flash_attn_func(q, k, v, causal=True, backend="reference"), q.float(), k.float(), v.float()
     )
-    ours = run(lambda q, k, v: flash_attn_func(q, k, v, causal=True, backend="triton"), q, k, v)
+    ours = run(lambda q, k, v: flash_attn_func(q, k, v, causal=True, backend=backend), q, k, v)
     plain = run(plain_attention, q, k, v)
     errors = {}
     for i, name in enumerate(("out", "dq", "dk", "dv")):

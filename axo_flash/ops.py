@@ -22,7 +22,10 @@ logger = logging.getLogger(__name__)
 calls: Counter[str] = Counter()
 
 _library = torch.library.Library("axo_flash", "DEF")
-_SPEC = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float softmax_scale, bool causal, int left, int right, str backend"
+_SPEC = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float softmax_scale, bool causal, int left, int right, "
+    "bool deterministic, str backend"
+)
 _library.define(f"attention_forward(Tensor q, Tensor k, Tensor v, {_SPEC}) -> (Tensor, Tensor)")
 _library.define(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
@@ -54,7 +57,8 @@ def flash_attn_func(
         softmax_scale: default head_dim ** -0.5.
         causal: bottom-right aligned: with seqlen_q != seqlen_k the last query sees the last key.
         window_size: (left, right) keys visible on each side, inclusive; -1 = unlimited.
-        deterministic: accepted; every backend here is bit-equal from run to run, backward included.
+        deterministic: dq too is bit-equal from run to run, which costs the backend "hopper" speed; out, lse, dk and dv
+            always are, and the other backends' dq. Implied by torch.use_deterministic_algorithms(True).
         return_attn_probs: also return lse and, as flash-attn does without dropout, None.
         backend: "auto" (the best that serves this call) or one of axo_flash.kernels.backends.BACKENDS.
 
@@ -69,7 +73,7 @@ def flash_attn_func(
     _check("flash_attn_func", q, k, v, rank=4)
     if k.shape[0] != q.shape[0]:
         raise ValueError(f"flash_attn_func: q has batch {q.shape[0]} and k has {k.shape[0]}; they must be equal")
-    out, lse = _call(q, k, v, None, None, softmax_scale, causal, window_size, backend)
+    out, lse = _call(q, k, v, None, None, softmax_scale, causal, window_size, deterministic, backend)
     return (out, lse, None) if return_attn_probs else out
 
 
@@ -105,16 +109,17 @@ def flash_attn_varlen_func(
     _refuse_unsupported("flash_attn_varlen_func", dropout_p, softcap, alibi_slopes)
     _check("flash_attn_varlen_func", q, k, v, rank=3)
     _check_cu_seqlens(q, cu_seqlens_q, cu_seqlens_k)
-    out, lse = _call(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size, backend)
+    out, lse = _call(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size, deterministic, backend)
     return (out, lse, None) if return_attn_probs else out
 
 
-def _call(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size, backend):
+def _call(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size, deterministic, backend):
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     left, right = window_size
+    deterministic = bool(deterministic) or torch.are_deterministic_algorithms_enabled()
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     return torch.ops.axo_flash.attention_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, scale, bool(causal), int(left), int(right), backend
+        q, k, v, cu_seqlens_q, cu_seqlens_k, scale, bool(causal), int(left), int(right), deterministic, backend
     )
 
 
@@ -171,7 +176,7 @@ def _check_cu_seqlens(q, cu_seqlens_q, cu_seqlens_k):
 # --- operators ------------------------------------------------------------------------------------------------------
 
 
-def _backend_for(q, k, softmax_scale, causal, left, right, backend) -> tuple[AttentionSpec, Choice]:
+def _backend_for(q, k, softmax_scale, causal, left, right, deterministic, backend) -> tuple[AttentionSpec, Choice]:
     """The spec of a call with these tensors, and the backend that serves it; that it is not the best is logged once."""
     spec = AttentionSpec(
         num_heads=q.shape[-2],
@@ -182,26 +187,28 @@ def _backend_for(q, k, softmax_scale, causal, left, right, backend) -> tuple[Att
         causal=causal,
         window_size=(left, right),
         varlen=q.ndim == 3,
+        deterministic=deterministic,
     )
     choice = choose_backend(spec, q.device, backend)
     if backend == "auto" and choice.name != BACKENDS[0].name:
-        _say_once(f"attention runs on the backend '{choice.name}' ({choice.reason})")
+        _say_once(choice.name, f"attention runs on the backend '{choice.name}' ({choice.reason})")
     return spec, choice
 
 
 @cache
-def _say_once(message: str) -> None:
-    logger.warning(message)
+def _say_once(backend: str, message: str) -> None:
+    # the last of the table is slow and takes O(seqlen^2) memory; of the others, each GPU has its best
+    logger.log(logging.WARNING if backend == BACKENDS[-1].name else logging.INFO, message)
 
 
-def _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, left, right, backend):
-    spec, choice = _backend_for(q, k, softmax_scale, causal, left, right, backend)
+def _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, left, right, deterministic, backend):
+    spec, choice = _backend_for(q, k, softmax_scale, causal, left, right, deterministic, backend)
     calls[choice.name] += 1
     return choice.module.forward(q, k, v, spec=spec, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
 
 
-def _backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, left, right, backend):
-    spec, choice = _backend_for(q, k, softmax_scale, causal, left, right, backend)
+def _backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options):
+    spec, choice = _backend_for(q, k, *options)
     if dout.stride(-1) != 1:  # an expanded gradient, as of out.sum()
         dout = dout.contiguous()
     return choice.module.backward(

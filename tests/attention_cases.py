@@ -94,11 +94,16 @@ class Inputs:
         return [x.detach().requires_grad_() for x in (self.q, self.k, self.v)]
 
 
-def run_backend(case: Case, inputs: Inputs, backend: str):
+def run_backend(case: Case, inputs: Inputs, backend: str, deterministic: bool = False):
     """out, lse, dq, dk, dv."""
     q, k, v = inputs.leaves()
     options = dict(
-        softmax_scale=case.scale, causal=case.causal, window_size=case.window, return_attn_probs=True, backend=backend
+        softmax_scale=case.scale,
+        causal=case.causal,
+        window_size=case.window,
+        deterministic=deterministic,
+        return_attn_probs=True,
+        backend=backend,
     )
     if case.lengths:
         out, lse, _ = flash_attn_varlen_func(q, k, v, *inputs.cu, **options)

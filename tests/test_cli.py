@@ -212,7 +212,7 @@ def test_doctor_fails_on_a_kernel_that_is_wrong(capsys, monkeypatch):
     from axo_flash import doctor
 
     monkeypatch.setattr(doctor, "interpreted_errors", lambda: {"out": (0.5, 0.001)})
-    monkeypatch.setattr(doctor, "kernel_errors", lambda device: {"out": (0.5, 0.001)})
+    monkeypatch.setattr(doctor, "kernel_errors", lambda *_: {"out": (0.5, 0.001)})
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
     assert cli.main(["doctor"]) == 1
     assert "wrong numbers" in capsys.readouterr().out

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "axo_flash"
 # from the ground up; a module may import what stands on a lower floor, or beside it in its own package
 FLOORS = [
     ["errors", "metrics", "kernels.spec", "mounts", "mount_worker"],
-    ["kernels.reference", "kernels.triton", "mount_helper"],
+    ["kernels.reference", "kernels.triton", "kernels.hopper", "mount_helper"],
     ["kernels.backends", "mount_io"],
     ["ops", "varlen"],
     ["layout"],

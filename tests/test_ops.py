@@ -42,7 +42,7 @@ def test_operator_contract(varlen):
     """Schema, fake kernels and autograd registration, as PyTorch checks them."""
     q, k, v = tensors(7, 7, dtype=torch.float32, batch=() if varlen else (2,))
     cu = (CU, CU) if varlen else (None, None)
-    options = (*cu, 0.3, True, -1, -1, "reference")
+    options = (*cu, 0.3, True, -1, -1, False, "reference")
     torch.library.opcheck(torch.ops.axo_flash.attention_forward, (q, k, v, *options))
 
 

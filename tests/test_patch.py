@@ -178,7 +178,7 @@ def test_a_rotary_embedding_replaced_in_transformers_is_called(monkeypatch):
 def test_the_report_counts_the_calls_of_each_backend():
     model = tiny("llama")
     report = axo_flash.patch_model(model)
-    assert repr(report).startswith("PatchReport(family='llama', layers=2, backend='reference', reason='not triton: ")
+    assert repr(report).startswith("PatchReport(family='llama', layers=2, backend='reference', reason='not hopper: ")
     assert report.calls() == {}
     logits(model)
     assert report.calls() == {"reference": 2}

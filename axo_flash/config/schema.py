@@ -112,7 +112,7 @@ class Config:
         values.attention, "axo_fa (our kernels), or the model's own sdpa or eager, unpatched.", "axo_fa"
     )
     attention_backend: str = key(
-        choice("auto triton reference"), "Kernel behind axo_fa; auto takes the fastest.", "auto"
+        choice("auto hopper triton reference"), "Kernel behind axo_fa; auto takes the fastest.", "auto"
     )
     plugins: list[str] = key(
         list_of(values.plugin), "This package's Axolotl plugin; nothing to do here, where we are the host.", []

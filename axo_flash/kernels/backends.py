@@ -24,6 +24,7 @@ class Backend:
 
 
 BACKENDS = (
+    Backend("hopper", "axo_flash.kernels.hopper"),
     Backend("triton", "axo_flash.kernels.triton", requires="triton", install='pip install "axo-flash[flash-attn]"'),
     Backend("reference", "axo_flash.kernels.reference"),
 )

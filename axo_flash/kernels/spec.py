@@ -20,6 +20,7 @@ class AttentionSpec:
         causal: a query sees no key after its own position, positions aligned at the bottom right.
         window_size: (left, right), inclusive: a query at position p sees keys p - left ... p + right; -1 = unlimited.
         varlen: q, k, v are (total, heads, head_dim) with cu_seqlens rather than (batch, seqlen, heads, head_dim).
+        deterministic: dq must be bit-equal from run to run, as out, lse, dk and dv always are.
 
     Raises:
         ValueError: values that no attention can have, all of them together.
@@ -33,6 +34,7 @@ class AttentionSpec:
     causal: bool = False
     window_size: tuple[int, int] = (-1, -1)
     varlen: bool = False
+    deterministic: bool = False
 
     def __post_init__(self):
         errors = []

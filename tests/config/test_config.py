@@ -324,7 +324,7 @@ WRONG = [  # the line, and what the message says after `run.yml:6: `
         "plugins: [axolotl.integrations.liger.LigerPlugin]",
         "plugins[0]: got 'axolotl.integrations.liger.LigerPlugin', expected a plugin of this package",
     ),
-    ("attention_backend: cuda", "attention_backend: got 'cuda', expected one of auto, triton, reference"),
+    ("attention_backend: cuda", "attention_backend: got 'cuda', expected one of auto, hopper, triton, reference"),
     (
         "save_safetensors: false",
         "save_safetensors: got false, expected true or nothing: weights are always saved as safetensors; remove it",

@@ -1,0 +1,288 @@
+"""From tensors to launches: descriptors for the copy engine, workspaces, and what a program runs with."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton.experimental.gluon.language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from axo_flash.kernels.hopper.backward_kernel import backward_kernel, finish_kernel, prepare_kernel
+from axo_flash.kernels.hopper.forward_kernel import forward_kernel
+from axo_flash.kernels.hopper.schedule import schedule_kernel
+from axo_flash.kernels.spec import AttentionSpec
+
+# By head_dim; chosen on an H100, see scripts/bench/NOTES.md.
+FORWARD = {
+    64: dict(NUM_WG=3, BLOCK_N=128, STAGES=3, REGS=160),
+    128: dict(NUM_WG=2, BLOCK_N=128, STAGES=2, REGS=240),
+}
+BACKWARD = {
+    64: dict(BLOCK_M=64, BLOCK_N=128, STAGES=2, REGS=216),
+    128: dict(BLOCK_M=64, BLOCK_N=128, STAGES=2, REGS=216),
+}
+L2_BYTES = 32 << 20  # what the heads that are worked on together may take of the cache
+RAGGED_ROWS = 1 << 30
+COUNTERS = 4096
+ROWS = 64  # a program of the kernels before and after the backward one
+LOG2E = math.log2(math.e)
+
+
+def forward(q, k, v, *, spec: AttentionSpec, cu_seqlens_q=None, cu_seqlens_k=None):
+    """out (as q), lse (fp32): shapes as in axo_flash.ops."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse_shape = (spec.num_heads, q.shape[0]) if spec.varlen else (q.shape[0], spec.num_heads, q.shape[1])
+    lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
+    if not q.numel() or not k.numel():
+        return out.zero_(), lse.fill_(-math.inf)
+    if q.device.index != torch.cuda.current_device():  # Triton launches on the current device
+        with torch.cuda.device(q.device):
+            return forward(q, k, v, spec=spec, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    config = FORWARD[spec.head_dim]
+    q, k, v = (copyable(x) for x in (q, k, v))
+    tiles = Tiles(spec, q, k, cu_seqlens_q, cu_seqlens_k, 64 * config["NUM_WG"], queries=True)
+    launch(
+        forward_kernel,
+        tiles.programs,
+        q.dtype,
+        (
+            describe(q, 64),
+            describe(k, config["BLOCK_N"]),
+            describe(v, config["BLOCK_N"]),
+            describe(out, 64),
+            lse,
+            *tiles.arguments,
+            spec.softmax_scale * LOG2E,
+        ),
+        dict(
+            GROUP=spec.group_size,
+            D=spec.head_dim,
+            NUM_WG=config["NUM_WG"],
+            BLOCK_N=config["BLOCK_N"],
+            STAGES=config["STAGES"],
+            **tiles.constants,
+            REGS=config["REGS"],
+        ),
+    )
+    return out, lse
+
+
+def backward(dout, q, k, v, out, lse, *, spec: AttentionSpec, cu_seqlens_q=None, cu_seqlens_k=None, dlse=None):
+    """dq, dk, dv, in q's, k's and v's shape and dtype."""
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    if not q.numel() or not k.numel():
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    if q.device.index != torch.cuda.current_device():
+        with torch.cuda.device(q.device):
+            cu_seqlens = dict(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+            return backward(dout, q, k, v, out, lse, spec=spec, dlse=dlse, **cu_seqlens)
+    config = BACKWARD[spec.head_dim]
+    block, keys = config["BLOCK_M"], config["BLOCK_N"] // 2
+    q, k, v, dout, out = (copyable(x) for x in (q, k, v, dout, out))
+    heads, head_dim = spec.num_heads, spec.head_dim
+    if spec.varlen:
+        batch, seqlen = cu_seqlens_q.numel() - 1, q.shape[0]
+        rows = (seqlen // block + batch + 1) * block  # each sequence begins on a multiple of block
+    else:
+        batch, seqlen = q.shape[:2]
+        rows = batch * -(-seqlen // block) * block
+    float32 = dict(dtype=torch.float32, device=q.device)
+    s_start, dp_start = torch.empty((2, heads, rows), **float32)
+    dq_acc = torch.empty((heads, rows, head_dim), **float32)
+    turns = s_start  # not read
+    if spec.deterministic:
+        turns = torch.zeros((heads, rows // block), dtype=torch.int32, device=q.device)
+    tiles = Tiles(spec, k, q, cu_seqlens_k, cu_seqlens_q, config["BLOCK_N"], queries=False)
+    around = dict(HEAD_DIM=head_dim, BLOCK=ROWS, ALIGN=block, VARLEN=spec.varlen)
+    dlse = None if dlse is None else dlse.contiguous()
+    launch(
+        prepare_kernel,
+        (rows // ROWS, heads),
+        q.dtype,
+        (out, dout, lse.contiguous(), dlse, s_start, dp_start, dq_acc, cu_seqlens_q, *strides(out), *strides(dout), heads,
+         batch, seqlen, rows, 1 / spec.softmax_scale),
+        dict(**around, HAS_DLSE=dlse is not None),
+    )  # fmt: skip
+    launch(
+        backward_kernel,
+        tiles.programs,
+        q.dtype,
+        (
+            describe(q, block),
+            describe(k, keys),
+            describe(v, keys),
+            describe(dout, block),
+            Descriptor(s_start, [heads, rows], [rows, 1], [1, block]),
+            Descriptor(dp_start, [heads, rows], [rows, 1], [1, block]),
+            Descriptor(dq_acc, [heads, rows, head_dim], [rows * head_dim, head_dim, 1], [1, 64, 64]),
+            describe(dk, keys),
+            describe(dv, keys),
+            *tiles.arguments[:2],
+            turns,
+            *tiles.arguments[2:],
+            rows,
+            spec.softmax_scale,
+            spec.softmax_scale * LOG2E,
+        ),
+        dict(
+            GROUP=spec.group_size,
+            D=head_dim,
+            BLOCK_M=block,
+            BLOCK_N=config["BLOCK_N"],
+            STAGES=config["STAGES"],
+            **tiles.constants,
+            DETERMINISTIC=spec.deterministic,
+            REGS=config["REGS"],
+        ),
+    )
+    launch(
+        finish_kernel,
+        (rows // ROWS, heads),
+        q.dtype,
+        (dq_acc, dq, cu_seqlens_q, *strides(dq), batch, seqlen, rows, spec.softmax_scale),
+        around,
+    )
+    return dq, dk, dv
+
+
+class Tiles:
+    """The tiles of one launch: of queries forward, of keys backward.
+
+    Attributes:
+        programs: one a multiprocessor, or fewer.
+        arguments: schedule, counter, num_tiles, heads, the seqlens of q and of k, batch, section, left, right.
+        constants: VARLEN, HAS_LEFT, HAS_RIGHT.
+    """
+
+    def __init__(self, spec, x, other, cu_seqlens, cu_seqlens_other, block, queries):
+        heads = x.shape[-2]
+        left, right = spec.band
+        counter = tile_counter(x.device)
+        length, length_other = (x.shape[0], other.shape[0]) if spec.varlen else (x.shape[1], other.shape[1])
+        if spec.varlen:
+            batch = cu_seqlens.numel() - 1
+            tiles = length // block + batch + 1  # at most: the kernel reads the number from the schedule
+            schedule = torch.empty((tiles + 1, 8), dtype=torch.int32, device=x.device)
+            launch(
+                schedule_kernel,
+                batch + 1,
+                torch.int32,
+                (cu_seqlens, cu_seqlens_other, schedule, batch, length, length_other),
+                dict(BLOCK=block, LAST_FIRST=queries),
+            )
+            num_tiles = tiles * heads
+        else:
+            batch, schedule = x.shape[0], counter
+            num_tiles = batch * heads * -(-length // block)
+        seqlen_q, seqlen_k = (length, length_other) if queries else (length_other, length)
+        # heads whose other side fits into the cache together: of K and V forward, of Q, dO and dQ backward
+        bytes_of_head = length_other * spec.head_dim * (4 if queries else 8 * spec.group_size)
+        at_once = max(1, L2_BYTES // bytes_of_head) * (spec.group_size if queries else 1)
+        self.programs = min(multiprocessors(x.device), num_tiles)
+        self.arguments = (
+            schedule, counter, num_tiles, heads, seqlen_q, seqlen_k, batch, min(at_once, batch * heads), left, right,
+        )  # fmt: skip
+        self.constants = dict(
+            VARLEN=spec.varlen, HAS_LEFT=0 <= left < seqlen_k - 1, HAS_RIGHT=0 <= right < seqlen_q - 1
+        )
+
+
+# --- launches -------------------------------------------------------------------------------------------------------
+
+
+class Descriptor(NamedTuple):
+    """What the driver needs of a TensorDescriptor; Triton's own checks itself at every construction, this one once."""
+
+    base: torch.Tensor
+    shape: list[int]
+    strides: list[int]
+    block_shape: list[int]
+    padding: str = "zero"
+
+    @property
+    def layout(self) -> gl.NVMMASharedLayout:
+        return shared_layout(tuple(self.block_shape), self.base.dtype)
+
+    def checked(self) -> TensorDescriptor:
+        return TensorDescriptor(self.base, self.shape, self.strides, self.block_shape, self.layout)
+
+
+_compiled: dict[tuple, Any] = {}
+
+
+def launch(kernel, programs: int | tuple[int, int], dtype: torch.dtype, arguments: tuple, constants: dict) -> None:
+    """Run a kernel whose code depends on dtype, constants, and which arguments are None, and on nothing else: it was
+    told not to specialize on the others. So from the second launch on, Triton need not look at each of them."""
+    grid = (programs, 1, 1) if isinstance(programs, int) else (*programs, 1)
+    absent = tuple(i for i, x in enumerate(arguments) if x is None)
+    key = (kernel, torch.cuda.current_device(), dtype, absent, *constants.values())
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[grid](*arguments, *constants.values())
+        return
+    checked = (x.checked() if isinstance(x, Descriptor) else x for x in arguments)
+    _compiled[key] = kernel[grid](*checked, **constants, num_warps=4, enable_fp_fusion=True)
+
+
+def describe(x: torch.Tensor, block: int) -> Descriptor:
+    """Blocks of `block` rows of one head of x, (batch, seqlen, heads, head_dim) or (total, heads, head_dim).
+
+    The latter with hardware bounds at every document's end: of two more dimensions, the first's stride is 2**34 less that
+    of a row, the second's that of a row. At (2**30, end, head, 2**30 - length + row) addresses, which wrap at 2**64, come
+    out at the row, and rows past the end lie past the fourth dimension's size of 2**30, where reads are zeros and writes
+    are dropped (the scheme of triton.tools.ragged_tma).
+    """
+    if x.ndim == 4:
+        batch, seqlen, heads, head_dim = x.shape
+        stride_b, stride_m, stride_h, _ = x.stride()
+        return Descriptor(
+            x, [batch, heads, seqlen, head_dim], [stride_b, stride_h, stride_m, 1], [1, 1, block, head_dim]
+        )
+    _, heads, head_dim = x.shape
+    stride_m, stride_h, _ = x.stride()
+    shape = [0x7FFF0000, 0x7FFF0000, heads, RAGGED_ROWS, head_dim]
+    return Descriptor(x, shape, [2**34 - stride_m, stride_m, stride_h, stride_m, 1], [1, 1, 1, block, head_dim])
+
+
+@cache
+def shared_layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    names = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+    return gl.NVMMASharedLayout.get_default_for(list(box), names[dtype])
+
+
+def copyable(x: torch.Tensor) -> torch.Tensor:
+    """x, or a contiguous copy if the copy engine cannot read it: it wants 16-byte addresses and strides, nothing expanded."""
+    *outer, last = x.stride()
+    fits = last == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in outer)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def strides(x: torch.Tensor) -> tuple[int, int, int]:
+    """Of batch (0 in a varlen tensor), row and head, in units of 8 elements."""
+    outer = x.stride()[:-1] if x.ndim == 4 else (0, *x.stride()[:-1])
+    return tuple(s // 8 for s in outer)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_counters: dict[torch.device, tuple[list[torch.Tensor], list[int]]] = {}
+
+
+def tile_counter(device: torch.device) -> torch.Tensor:
+    """An int32 that is zero, and that its kernel leaves at zero: one of many in turn, for kernels that run side by side.
+    A CUDA graph gets one of its own."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    if device not in _counters:
+        counters = torch.zeros((COUNTERS, 4), dtype=torch.int32, device=device)
+        torch.cuda.synchronize(device)  # whatever stream uses them first
+        _counters[device] = list(counters.unbind()), [0]
+    counters, used = _counters[device]
+    used[0] = (used[0] + 1) % COUNTERS
+    return counters[used[0]]

@@ -1,0 +1,170 @@
+"""What the Hopper kernels stand on: copies, barriers, where a tile lies, which blocks it meets, and who computes it when.
+
+Names as in the other kernels: a *row* is a query, a *column* a key; `left` and `right` are AttentionSpec.band, and HAS_LEFT
+and HAS_RIGHT say whether they bound anything.
+
+A kernel here is persistent: one program a multiprocessor, in it one partition that fetches tiles and copies, and others that
+compute. Tiles are handed out longest first by a counter in global memory, so that no multiprocessor waits for another.
+"""
+
+import triton.experimental.gluon.language as gl
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon.language import _core
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+# triton 3.8 gave the copies and the reduction these names; from 3.9 on the old ones raise
+copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+copy_add = getattr(tma, "async_atomic_add", None)
+if copy_add is None:
+
+    @_core.builtin
+    def copy_add(tensor_desc, coord, src, _semantic=None):
+        """Add a shared tile to global memory; triton 3.6 and 3.7 compile it and lack but this name for it."""
+        coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+        _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+
+
+partition_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+INFO: gl.constexpr = gl.constexpr(8)  # words that describe a tile
+RAGGED_ROWS: gl.constexpr = gl.constexpr(0x40000000)
+
+
+# --- barriers -------------------------------------------------------------------------------------------------------
+# Hardware barriers 0 to 4 are Triton's own. Arriving there costs a warp one instruction, while arriving at an mbarrier
+# makes Triton gather the whole partition first; so what the inner loops hand over goes through these.
+
+
+@gluon.jit
+def bar_sync(barrier, THREADS: gl.constexpr):
+    """Wait until THREADS threads have arrived at hardware barrier `barrier`, this one included."""
+    gl.inline_asm_elementwise("bar.sync $1, $2; mov.b32 $0, 0;", "=r,r,n,~{memory}", [barrier, THREADS], gl.int32, False, 1)
+
+
+@gluon.jit
+def bar_arrive(barrier, THREADS: gl.constexpr):
+    gl.inline_asm_elementwise("bar.arrive $1, $2; mov.b32 $0, 0;", "=r,r,n,~{memory}", [barrier, THREADS], gl.int32, False, 1)
+
+
+@gluon.jit
+def advance(slot, phase, SLOTS: gl.constexpr):
+    """The next slot of a ring, and the phase of its barriers there."""
+    slot += 1
+    wrapped = slot == SLOTS
+    return gl.where(wrapped, 0, slot), gl.where(wrapped, phase ^ 1, phase)
+
+
+# --- tiles ----------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def uniform(x):
+    """x, which is the same in every thread, as the compiler cannot see for itself: it may then live in a uniform register."""
+    return gl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [x], gl.int32, True, 1)
+
+
+@gluon.jit
+def put_info(info, slot, i: gl.constexpr, value):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    info.index(slot * INFO + i).store(gl.full([1], value, gl.int32, layout))
+
+
+@gluon.jit
+def get_info(info, slot, i: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return uniform(gl.max(info.index(slot * INFO + i).load(layout), 0))
+
+
+@gluon.jit
+def copy_rows_in(desc, full, tile, sequence, head, start, seqlen, row, VARLEN: gl.constexpr):
+    """Copy the rows row, row + 1, ... of one head of one sequence into shared memory. Rows past its end arrive as zeros:
+    those of the next document are not read (see launch.describe)."""
+    if VARLEN:
+        copy_in(desc, [RAGGED_ROWS, start + seqlen, head, RAGGED_ROWS - seqlen + row, 0], full, tile)
+    else:
+        copy_in(desc, [sequence, head, row, 0], full, tile)
+
+
+@gluon.jit
+def copy_rows_out(desc, tile, sequence, head, start, seqlen, row, VARLEN: gl.constexpr):
+    """The way back; rows past the sequence's end are not written."""
+    if VARLEN:
+        copy_out(desc, [RAGGED_ROWS, start + seqlen, head, RAGGED_ROWS - seqlen + row, 0], tile)
+    else:
+        copy_out(desc, [sequence, head, row, 0], tile)
+
+
+@gluon.jit
+def locate(tile, num_heads, seqlen, seqlen_other, batch, section, schedule, BLOCK: gl.constexpr, VARLEN: gl.constexpr,
+           REVERSE: gl.constexpr):
+    """Which block of which head tile number `tile` is.
+
+    Dense: `section` heads at a time (as many as the L2 cache holds), within it block by block, heads innermost. Varlen: the
+    same order over all documents, prepared in `schedule`, whose rows are (sequence, block, start, seqlen, start_other,
+    seqlen_other).
+
+    Returns block, sequence, head, first row of the sequence, its length, and both of the other side.
+    """
+    if VARLEN:
+        row = schedule + tile // num_heads * 8
+        head = tile % num_heads
+        return (gl.load(row + 1), gl.load(row), head, gl.load(row + 2), gl.load(row + 3), gl.load(row + 4), gl.load(row + 5))
+    else:
+        blocks = (seqlen + BLOCK - 1) // BLOCK
+        group = tile // (blocks * section)
+        tile -= group * (blocks * section)
+        heads = gl.minimum(section, batch * num_heads - group * section)
+        block = tile // heads
+        if REVERSE:
+            block = blocks - 1 - block
+        head = group * section + tile % heads
+        return block, head // num_heads, head % num_heads, 0, seqlen, 0, seqlen_other
+
+
+@gluon.jit
+def block_range(row, seqlen, seqlen_other, left, right, ROWS: gl.constexpr, BLOCK: gl.constexpr,
+                HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
+    """Which blocks of columns the rows row ... row + ROWS - 1 see: lo <= full_lo <= full_hi <= hi, of which
+    full_lo ... full_hi - 1 are seen whole by every row and the others need the mask.
+
+    visible(r, c) is -left <= c - (r + seqlen_other - seqlen) <= right; read the other way round (columns as rows) it has
+    the same form with left and right exchanged, which is how the backward uses this function too.
+    """
+    offset = seqlen_other - seqlen
+    last = gl.minimum(row + ROWS, seqlen) - 1
+    first_col = 0
+    first_full = 0
+    end_col = seqlen_other
+    end_full = seqlen_other
+    if HAS_LEFT:
+        first_col = gl.maximum(row + offset - left, 0)
+        first_full = gl.maximum(last + offset - left, 0)
+    if HAS_RIGHT:
+        end_col = gl.minimum(end_col, last + offset + right + 1)
+        end_full = gl.maximum(gl.minimum(end_full, row + offset + right + 1), 0)
+    lo = first_col // BLOCK
+    hi = gl.maximum((gl.maximum(end_col, 0) + BLOCK - 1) // BLOCK, lo)
+    full_lo = gl.minimum((first_full + BLOCK - 1) // BLOCK, hi)
+    full_hi = gl.maximum(end_full // BLOCK, full_lo)
+    return lo, full_lo, full_hi, hi
+
+
+@gluon.jit
+def masked_first(i, lo, full_lo, full_hi, hi):
+    """Number i of a walk over the blocks lo ... hi - 1: those that need the mask, last ones first, then the full ones.
+    Where there is none, i = 0 gives a block of which nothing is visible."""
+    above = hi - full_hi
+    masked = above + full_lo - lo
+    block = gl.where(i < above, hi - 1 - i, gl.where(i < masked, lo + i - above, full_hi - 1 - (i - masked)))
+    return gl.maximum(block, lo)
+
+
+@gluon.jit
+def next_tile(counter, num_tiles):
+    """The next tile that nobody has; the program that draws the last number sets the counter back to zero."""
+    drawn = gl.atomic_add(counter, 1)
+    if drawn == num_tiles - 1:
+        gl.atomic_xchg(counter, 0)
+    return drawn + gl.num_programs(0)

@@ -1,0 +1,52 @@
+"""The Hopper kernels compile, without a GPU, into what they were written for: products that run while others compute."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sass import parse, undefined_uniform_reads
+
+SHARED_MEMORY = 232448  # bytes a program may use on sm_90
+# HGMMA instructions of one pass of the main loop: 16 deep each, two products forward, four a warpgroup backward
+PRODUCTS = {("forward", 128): 16, ("forward", 64): 12, ("backward", 128): 24, ("backward", 64): 16}
+# Forward nothing. Backward at head_dim 128 a few loop-invariant addresses, whatever the version of triton.
+SPILLS = {("backward", 128): 12}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernel", "head_dim"), PRODUCTS)
+def test_compiles_as_written(kernel, head_dim):
+    script = Path(__file__).parent.parent / "compile_hopper.py"
+    command = [sys.executable, script, kernel, str(head_dim)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(reports) == (6 if kernel == "forward" else 8)
+    warpgroups = 3 if (kernel, head_dim) == ("forward", 64) else 2
+    for report in reports:
+        assert report["shared"] <= SHARED_MEMORY, report
+        assert report["warnings"] == [], report  # products made to wait for one another, or registers not handed over
+        assert report["undefined"] == [], report
+        assert report["products"] == [PRODUCTS[kernel, head_dim]] * warpgroups, report
+        assert report["spilled_in_loops"] <= SPILLS.get((kernel, head_dim), 0), report
+
+
+def test_a_register_that_one_of_two_paths_leaves_undefined_is_found():
+    """The shape of what ptxas 12.8 once made of the forward kernel."""
+    listing = """
+        /*0000*/                   UMOV UR7, 0x10 ;
+        /*0010*/               @P4 BRA `(.L_x_2) ;
+        /*0020*/                   UIADD3 UR24, UP0, UR7, 0x2, URZ ;
+.L_x_1:
+        /*0030*/                   UIADD3 UR28, UP0, UR24, 0x2, URZ ;
+        /*0040*/               @P0 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0050*/                   UIADD3 UR32, UP1, UR24, 0x4, URZ ;
+        /*0060*/                   EXIT ;
+"""
+    code, _ = parse(listing)
+    assert undefined_uniform_reads(code) == ["5: UR[24] in UIADD3 UR32, UP1, UR24, 0x4, URZ"]
+    mended, _ = parse(listing.replace("UMOV UR7, 0x10", "UMOV UR24, 0x10"))
+    assert [read for read in undefined_uniform_reads(mended) if "[24]" in read] == []
