@@ -10,9 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "axo_flash"
 # from the ground up; a module may import what stands on a lower floor, or beside it in its own package
 FLOORS = [
-    ["errors", "metrics", "kernels.spec"],
-    ["kernels.reference", "kernels.triton"],
-    ["kernels.backends"],
+    ["errors", "metrics", "kernels.spec", "mounts", "mount_worker"],
+    ["kernels.reference", "kernels.triton", "mount_helper"],
+    ["kernels.backends", "mount_io"],
     ["ops", "varlen"],
     ["layout"],
     ["attention"],
