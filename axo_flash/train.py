@@ -30,7 +30,7 @@ from axo_flash.report import (
     summary,
     versions,
 )
-from axo_flash.trainer import KeepHistory, RunTrainer, make_trainer
+from axo_flash.trainer import KeepHistory, RunTrainer, count_steps, make_trainer
 
 Say = Callable[[str], None]
 LOSS_PICTURE = "loss.png"
@@ -84,7 +84,12 @@ def run(config: Config, report: RunReport, checkpoints: Session, say: Say) -> No
     metrics.reset_peak_memory()
     with StopOnSignal(say, config.preemption_timeout, checkpoints.last_words) as stop:
         with phase("training"):
-            run_steps(trainer, stop, config.seed, str(found.local) if found else None)
+            total = count_steps(config, len(data.train))
+            if found is not None and found.manifest.step >= total:
+                say(f"nothing left to train: the checkpoint is of step {found.manifest.step} of {total}")
+                trainer.restore(found.local)
+            else:
+                run_steps(trainer, stop, config.seed, str(found.local) if found else None)
         describe_training(report, trainer, meter)
         report.resumed_from = found.source if found else None
         if stop.received is None:

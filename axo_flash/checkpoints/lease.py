@@ -76,6 +76,7 @@ class Lease:
         self,
         root: str,
         storage: Storage,
+        beat_storage: Storage | None = None,
         *,
         heartbeat: float = HEARTBEAT,
         silence: float = SILENCE,
@@ -83,6 +84,7 @@ class Lease:
     ):
         self.root, self.folder, self.storage = root, os.path.join(root, FOLDER), storage
         self.heartbeat, self.silence, self.say = heartbeat, silence, say
+        self.beat_storage = beat_storage or storage  # one that gives up soon: another heartbeat follows
         self.number: int | None = None
         self.lost: str | None = None
         self.last_fault: str | None = None
@@ -108,6 +110,7 @@ class Lease:
             raise self._refusal(self._read(self._newest()))
         self.number = newest + 1
         self._remove_below(self.number)
+        self.storage = self.beat_storage
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
 

@@ -31,12 +31,28 @@ from axo_flash.checkpoints.shelf import Shelf, next_generation
 from axo_flash.checkpoints.storage import FAULTS, LocalStorage, Storage
 from axo_flash.checkpoints.writer import NotPublished, Writer, until
 from axo_flash.config import Config
-from axo_flash.data.files import find_mount
+from axo_flash.mount_io import MountIO
+from axo_flash.mounts import covers, find_mount, real_place
+
+# While training goes on a try to publish is given up soon, so that the next one takes the newest checkpoint and people
+# are told; before it, and for the lease to be taken, the mount gets the time that it needs.
+PUBLISH_TIMEOUT, HEARTBEAT_TIMEOUT, RELEASE_TIMEOUT = 60.0, 30.0, 5.0
 
 
-def on_mount(path: str) -> bool:
-    """Whether a path lies on a FUSE mount, by mountinfo alone."""
-    return find_mount(path).is_fuse
+def place_of(config: Config) -> tuple[str, bool]:
+    """(the absolute output_dir, whether it lies on a mount), touching no mount.
+
+    Raises CheckpointError if it lies below data_mount and nothing is mounted there: that is the local disk underneath.
+    """
+    root = os.path.abspath(config.output_dir)
+    mount = find_mount(real_place(root))
+    wanted = config.data_mount and os.path.abspath(config.data_mount)
+    if wanted and covers(wanted, root) and mount.mount_point != wanted and not mount.is_remote:
+        raise CheckpointError(
+            f"output_dir {root} lies below data_mount {wanted}, but nothing is mounted there: checkpoints would go to "
+            f"{mount}, and be hidden by the next mount. Mount it, or correct output_dir."
+        )
+    return (real_place(root), True) if mount.is_remote else (root, False)
 
 
 def staging_of(config: Config, output_dir: str, mounted: bool) -> Path:
@@ -46,7 +62,7 @@ def staging_of(config: Config, output_dir: str, mounted: bool) -> Path:
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "axo_flash" / "checkpoints"
     fallback = Path(tempfile.gettempdir()) / "axo_flash" / "checkpoints"
     wanted = [Path(config.checkpoint_staging_path)] if config.checkpoint_staging_path else [default, fallback]
-    local = next((root for root in wanted if not on_mount(str(root))), None)
+    local = next((root for root in wanted if not find_mount(real_place(root)).is_remote), None)
     if local is None:
         raise CheckpointError(
             f"checkpoint_staging_path: {wanted[0]} lies on {find_mount(wanted[0])}, expected a directory on a local "
@@ -73,15 +89,30 @@ class Session:
         lease_options: dict[str, float] | None = None,
     ):
         self.config, self.say = config, say
-        self.root = os.path.abspath(config.output_dir)
-        self.mounted = storage is not None or on_mount(self.root)
-        self.storage = storage or LocalStorage()
-        self.output: Output = MountedOutput(self.root, self.storage) if self.mounted else LocalOutput(self.root)
+        self.root, self.mounted = place_of(config)
+        self._mount_ios: list[MountIO] = []
+        if storage is not None:
+            self.mounted, self.storage, patient, beating = True, storage, storage, lease_storage or storage
+        elif self.mounted:
+            patient, self.storage, beating = map(self._mount_io, (None, PUBLISH_TIMEOUT, HEARTBEAT_TIMEOUT))
+        else:
+            patient = self.storage = beating = LocalStorage()
+        self.patient_output = self._output(patient)
         self.staging = staging_of(config, self.root, self.mounted)
-        self.lease = Lease(self.root, lease_storage or self.storage, say=say, **(lease_options or {}))
+        self.lease = Lease(self.root, patient, beating, say=say, **(lease_options or {}))
         self.found: Found | None = None
         self.writer: Writer | None = None
         self._saves = 0
+
+    def _mount_io(self, timeout: float | None) -> MountIO:
+        """A helper process of its own: calls of one take turns, and a long copy must not hold up a heartbeat."""
+        mount_io = MountIO() if timeout is None else MountIO(timeout=timeout)
+        mount_io.expect_mount(find_mount(self.root).mount_point)
+        self._mount_ios.append(mount_io)
+        return mount_io
+
+    def _output(self, storage: Storage) -> Output:
+        return MountedOutput(self.root, storage) if self.mounted else LocalOutput(self.root)
 
     def __enter__(self) -> Session:
         self.lease.acquire()
@@ -89,16 +120,24 @@ class Session:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         """Give the lease back. After an error what is sealed stays in staging, and the next run finds it there."""
+        if self.writer is not None:
+            unsettled = kind is not None and not issubclass(kind, KeyboardInterrupt | NotPublished)
+            if unsettled:  # an error of training: what it saved before is worth a while
+                self.writer.wait(time.monotonic() + self.config.preemption_timeout)
+            self.writer.stop()
+        thread = threading.Thread(target=self._leave, name="release", daemon=True)
+        thread.start()
+        thread.join(RELEASE_TIMEOUT)  # a mount that hangs must not hold the end of the run
+        if thread.is_alive():
+            self.say(f"{self.root} does not answer: its lease could not be given back, and will run out")
+
+    def _leave(self) -> None:
         try:
-            if self.writer is not None:
-                if kind is not None and not issubclass(kind, KeyboardInterrupt):
-                    self.writer.wait(time.monotonic() + self.config.preemption_timeout)
-                self.writer.stop()
-        finally:
-            try:
-                self.lease.release()
-            except FAULTS as error:
-                self.say(f"the lease on {self.root} could not be given back, and will run out: {error}")
+            self.lease.release()
+        except FAULTS as error:
+            self.say(f"the lease on {self.root} could not be given back, and will run out: {error}")
+        for mount_io in self._mount_ios:
+            mount_io.close()
 
     # ------------------------------------------------------------------------------------------------------- before
 
@@ -107,9 +146,9 @@ class Session:
         clear_staging(self.staging)
         wanted = self.config.resume_from_checkpoint
         if isinstance(wanted, str):
-            self.found = checkpoint_at(wanted, self.output, self.staging)
+            self.found = checkpoint_at(wanted, self.patient_output, self.staging)
         elif wanted or self.config.auto_resume_from_checkpoints:
-            self.found = newest_complete(self.output, self.staging)
+            self.found = newest_complete(self.patient_output, self.staging)
             if wanted and self.found is None:
                 raise CheckpointError(
                     f"resume_from_checkpoint: true, but there is no complete checkpoint in {self.root} (nor in "
@@ -127,9 +166,9 @@ class Session:
         identity = identity_of(self.config, data)
         if self.found is not None:
             require_same_data(self.found, identity)
-        candidates, _ = survey(self.output, self.staging)
+        candidates, _ = survey(self.patient_output, self.staging)
         generation = next_generation([candidate.manifest for candidate in candidates])
-        shelf = Shelf(self.output, self.staging, self.config.save_total_limit, generation, identity)
+        shelf = Shelf(self._output(self.storage), self.staging, self.config.save_total_limit, generation, identity)
         staged = [candidate for candidate in candidates if candidate.name is None]
         for candidate in staged:
             path = Path(candidate.source)
