@@ -201,7 +201,8 @@ class StopOnSignal(TrainerCallback):
     ) -> None:
         self.say, self.leave_within, self.last_words = say, leave_within, last_words
         self.received: int | None = None
-        self.leave_at: float | None = None  # time.monotonic() by which a run that got SIGTERM is gone
+        self.training_is_over = False  # set it when no step is left to be torn: Ctrl-C then ends what follows at once
+        self.leave_at: float | None = None  # time.monotonic() by which a run that got SIGTERM stops waiting
         self._timer: threading.Timer | None = None
         self._previous: dict[int, Any] = {}
 
@@ -219,16 +220,20 @@ class StopOnSignal(TrainerCallback):
 
     def _handle(self, number: int, frame: Any) -> None:
         if number == signal.SIGTERM and self._timer is None:
-            self.leave_at = time.monotonic() + self.leave_within
+            self.leave_at = time.monotonic() + 0.8 * self.leave_within  # the rest is for the report
             self._timer = threading.Timer(self.leave_within, self._leave)
             self._timer.daemon = True
             self._timer.start()
-        elif self.received is not None:
+        elif self.received is not None or self.training_is_over:
             raise KeyboardInterrupt
         within = f" within {self.leave_within:.0f} s" if number == signal.SIGTERM else ""
-        if self.received is None:
+        if self.training_is_over:
+            self.say(f"\nleaving{within}")
+        elif self.received is None:
             self.received = number
-            self.say(f"\nstopping after this step{within}, with a checkpoint (once more to stop at once, without)")
+            self.say(
+                f"\nstopping after this step{within}, with a checkpoint to go on from (once more to stop at once, without)"
+            )
 
     def _leave(self) -> None:
         print(

@@ -90,6 +90,7 @@ def run(config: Config, report: RunReport, checkpoints: Session, say: Say) -> No
                 trainer.restore(found.local)
             else:
                 run_steps(trainer, stop, config.seed, str(found.local) if found else None)
+        stop.training_is_over = True
         describe_training(report, trainer, meter)
         report.resumed_from = found.source if found else None
         if stop.received is None:

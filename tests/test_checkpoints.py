@@ -34,6 +34,14 @@ WRITES = ("copy_out", "write_new")
 STEPS, LIMIT = (10, 20, 30, 40), 2
 
 
+@pytest.fixture(autouse=True)
+def synced(monkeypatch):
+    """Counts what is flushed to disk instead of waiting for the disk thousands of times."""
+    flushed = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    return flushed
+
+
 class Crash(BaseException):
     """The process dies: nothing catches it, nothing is cleaned up."""
 
@@ -199,7 +207,7 @@ def test_lives_that_end_in_a_crash_one_after_another(tmp_path, operation, how):
         generation = next_generation(seen)
         shelf = new_shelf(root, staging, FaultyStorage(operation, number, how), generation)
         if found is not None and found.local.parent.parent == staging and found.local.parent.name != "resume":
-            shelf.adopt(found.local)
+            shelf.adopt(found.local, None)
         try:
             for save in range(3):
                 shelf.seal(write_checkpoint(staging, step + 10, f"{number}-{save}"))
@@ -358,6 +366,23 @@ def test_local_output_renames(tmp_path):
         assert os.stat(root / f"checkpoint-{step}" / "optimizer.pt").st_ino == inode
     assert sorted(shelf.output.names()) == ["checkpoint-30", "checkpoint-40"]
     assert verify_local(root / "checkpoint-40").step == 40
+
+
+def test_sealing_flushes_every_file_and_both_directories(tmp_path, synced):
+    seal(write_checkpoint(tmp_path, 10), 10, 1, 1, IDENTITY)
+    assert len(synced) == 3 + 1 + 1 + 1  # files, their directory, the manifest, the directory that holds it now
+
+
+def test_tries_that_fail_leave_one_directory_at_most(tmp_path):
+    root, staging = tmp_path / "mount", tmp_path / "staging"
+    root.mkdir()
+    storage = FaultyStorage("copy_out", 2, "for_ever", errno.ENOSPC)
+    shelf = life(root, staging, storage, {}, tries=5)
+    assert len(shelf.output.names()) == 1
+    storage.operation = None
+    assert shelf.publish()
+    assert len(shelf.output.names()) == 1
+    assert verify_local(root / shelf.output.names()[0]).step == 40
 
 
 def test_a_manifest_is_what_it_was(tmp_path):

@@ -141,13 +141,18 @@ class LocalOutput(Output):
         return Path(self.path(name))
 
 
+@dataclass
 class MountedOutput(Output):
     """An output directory on a mount: verified copies under new names, the manifest last."""
 
+    debris: set[str] = field(default_factory=set)  # names of tries that failed, not yet removed
+
     def publish(self, staged: Path) -> str:
         """Copy every file under a name that was never there, then the manifest; each is read back and compared."""
+        self.clear_debris()  # first: on a full mount every try would leave more of it
         manifest = read_local(staged)
         name = self.free_name(manifest.step)
+        self.debris.add(name)
         target = self.path(name)
         self.storage.makedirs(target)
         started = json.dumps({"step": manifest.step, "time": time.time()}).encode()
@@ -156,12 +161,20 @@ class MountedOutput(Output):
         self.storage.write_new(os.path.join(target, MANIFEST), manifest.to_bytes())
         if self.manifest(name) != manifest:
             raise OSError(f"{target}/{MANIFEST}: what is read back is not what was written")
+        self.debris.discard(name)
         try:
             # from here on a manifest that the mount hides for a while cannot be taken for one that was never written
             self.storage.remove_tree(os.path.join(target, STARTED))
         except FAULTS as error:
             LOG.warning("%s stays beside a complete checkpoint, which is harmless: %s", f"{target}/{STARTED}", error)
         return name
+
+    def clear_debris(self) -> None:
+        """Remove what failed tries of this run left; a fault is raised: the mount is not well."""
+        for name in sorted(self.debris):
+            if self.storage.stat(self.path(name)) is not None:
+                self.remove(name)
+            self.debris.discard(name)
 
     def copy_files(self, staged: Path, manifest: Manifest, target: str) -> None:
         """Copy a sealed directory's files to `target`, and hold each against the manifest."""

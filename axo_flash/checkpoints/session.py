@@ -17,6 +17,7 @@ from axo_flash.checkpoints.lease import Lease
 from axo_flash.checkpoints.manifest import LARGEST, MANIFEST, Broken, Manifest, seal
 from axo_flash.checkpoints.output import LocalOutput, MountedOutput, Output
 from axo_flash.checkpoints.resume import (
+    Candidate,
     CheckpointError,
     Found,
     checkpoint_at,
@@ -115,7 +116,12 @@ class Session:
         return MountedOutput(self.root, storage) if self.mounted else LocalOutput(self.root)
 
     def __enter__(self) -> Session:
-        self.lease.acquire()
+        try:
+            self.lease.acquire()
+        except OSError as error:
+            raise CheckpointError(
+                f"output_dir {self.root} cannot be used: {error}. Correct it, or the path."
+            ) from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
@@ -169,14 +175,21 @@ class Session:
         candidates, _ = survey(self.patient_output, self.staging)
         generation = next_generation([candidate.manifest for candidate in candidates])
         shelf = Shelf(self._output(self.storage), self.staging, self.config.save_total_limit, generation, identity)
-        staged = [candidate for candidate in candidates if candidate.name is None]
-        for candidate in staged:
+        self._take_over(shelf, candidates)
+        self.writer = Writer(shelf, self.staging, self.lease.require)
+
+    def _take_over(self, shelf: Shelf, candidates: list[Candidate]) -> None:
+        """What earlier runs left in staging: the checkpoint that we go on from is kept, older ones of it go."""
+        for candidate in (one for one in candidates if one.name is None):
             path = Path(candidate.source)
             if self.found is not None and path == self.found.local:
-                shelf.adopt(path)
+                same = (one for one in candidates if one.name is not None and one.manifest == candidate.manifest)
+                shelf.adopt(path, next((one.source for one in same), None))
+            elif self.found is not None and candidate.manifest.order < self.found.manifest.order:
+                shutil.rmtree(path)
             else:
                 self.say(f"left in staging by an earlier run, and not touched: {path}")
-        self.writer = Writer(shelf, self.staging, self.lease.require)
+        remove_empty(self.staging)
 
     # ------------------------------------------------------------------------------------------------------- during
 

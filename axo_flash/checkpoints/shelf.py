@@ -67,11 +67,16 @@ class Shelf:
             shutil.rmtree(path)
         return manifest
 
-    def adopt(self, directory: Path) -> None:
-        """Take over a sealed checkpoint that an earlier run left in staging, to publish it."""
+    def adopt(self, directory: Path, published: str | None) -> None:
+        """Take over a sealed checkpoint that an earlier run left in staging: to publish it, if it is not `published`."""
         verify_local(directory)
         with self._lock:
-            self._pending, self.status.sealed_step, self.status.staged = directory, step_of(directory), str(directory)
+            self.status.sealed_step = step_of(directory)
+            if published is None:
+                self._pending, self.status.staged = directory, str(directory)
+            else:
+                self._kept = directory
+                self.status.published_step, self.status.published = step_of(directory), published
 
     @property
     def waiting(self) -> bool:
