@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from axo_flash.config import Config
 from axo_flash.data.dataset import DataReport, PreparedData, prepare_data
 from axo_flash.demo import prepare as prepare_demo
 from axo_flash.model import load_tokenizer
-from axo_flash.report import duration, table
+from axo_flash.report import duration, table, transfer_line
 from axo_flash.sampling import documents
 
 Say = Callable[[str], None]
@@ -74,6 +75,7 @@ def data_table(config: Config, data: PreparedData) -> str:
     rows = [
         ("files", "\n".join(report.files)),
         ("mount", "\n".join(report.mount)),
+        *([("transfer", transfer_line(dataclasses.asdict(report.transfer)))] if report.transfer else []),
         ("rows", f"{report.rows_used:,} of {report.rows_read:,} used{dropped_lines(report)}"),
         ("train", f"{report.documents:,} documents, {report.tokens:,} tokens, {report.trained_tokens:,} trained on"),
         ("validation", f"{report.eval_documents:,} documents, {report.eval_tokens:,} tokens"),

@@ -20,6 +20,7 @@ LOG = logging.getLogger(__name__)
 START_SECONDS = 60.0  # for Python to start, on a machine that is busy
 WARN_SECONDS = 60.0
 STORING_BYTES_PER_SECOND = 8 << 20  # a slow upload at close, which shows no progress, is not taken for a hang
+LOOK_SECONDS = 0.5  # between looks whether to stop
 PIPE_BYTES = 1 << 16
 
 
@@ -34,6 +35,7 @@ class Helper:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd="/", start_new_session=True
         )
         self.usable = True
+        self._cancelled = False
         self._buffer = b""
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.process.stdout, selectors.EVENT_READ)
@@ -53,18 +55,23 @@ class Helper:
         path: str,
     ) -> Any:
         """The result of an operation; `heard` gets its messages. Raises Fault, ETIMEDOUT if there is no progress."""
+        request = memoryview(json.dumps({"operation": operation, **arguments}).encode() + b"\n")
         try:
-            self.process.stdin.write(json.dumps({"operation": operation, **arguments}).encode() + b"\n")
+            while request:  # a signal may cut a write to a pipe short
+                request = request[self.process.stdin.write(request) :]
         except BrokenPipeError:
             self._died(path, None)
         offset, allowed = None, stall_timeout
         while True:
             message = self._line(allowed, f"{operation} of {path}")
+            if self._cancelled:
+                self.usable = False
+                raise Fault(errno.ECANCELED, "it was told to stop", path, offset)
             if message is None and self.process.poll() is not None:
                 self._died(path, offset)
             if message is None:
                 self.usable = False
-                raise Fault(errno.ETIMEDOUT, f"no progress for {allowed:.0f} s", path, offset)
+                raise Fault(errno.ETIMEDOUT, f"no progress for {allowed:.3g} s", path, offset)
             if "result" in message:
                 return message["result"]
             if "fault" in message:
@@ -74,6 +81,10 @@ class Helper:
             offset = message.get("at", offset)
             allowed = stall_timeout + message.get("storing", 0) / STORING_BYTES_PER_SECOND
             heard(message)
+
+    def cancel(self) -> None:
+        """From another thread: the call that runs raises Fault (ECANCELED) within half a second, hanging or not."""
+        self._cancelled = True
 
     def has_ended(self) -> bool:
         """Whether the process is gone, and its files are closed with it."""
@@ -101,16 +112,18 @@ class Helper:
         raise Fault(errno.EPIPE, f"the helper process ended with {self.process.wait()}", path, offset)
 
     def _line(self, seconds: float, doing: str = "") -> dict[str, Any] | None:
-        """The next message; None if there is none for so long, or if the process has ended."""
+        """The next message; None if there is none for so long, if the process has ended, or to stop."""
         started, warned = time.monotonic(), False
         while b"\n" not in self._buffer:
+            if self._cancelled:
+                return None
             waited = time.monotonic() - started
             if waited >= seconds:
                 return None
             if waited >= WARN_SECONDS and not warned:
                 LOG.warning("%s: no progress for %.0f s; waiting up to %.0f s", doing, waited, seconds)
                 warned = True
-            if not self._selector.select(min(seconds - waited, WARN_SECONDS)):
+            if not self._selector.select(min(seconds - waited, LOOK_SECONDS)):
                 continue
             chunk = os.read(self.process.stdout.fileno(), PIPE_BYTES)
             if not chunk:

@@ -42,6 +42,7 @@ ADVICE = {
     errno.ENOTDIR: "A part of the path is a file: correct the path.",
     errno.EEXIST: "Nothing on a mount is ever overwritten: remove it, or name another path.",
     errno.ENOENT: "It was removed, or its name is wrong.",
+    errno.ECANCELED: "The run is ending: start it again to go on.",
     errno.ENOTCONN: "The daemon behind the mount has died or nothing is mounted: unmount what is left "
     "(`fusermount3 -uz {point}`) and mount it again.",
     errno.ETIMEDOUT: "The daemon or the store behind it hangs: look at its log, and restart it (`fusermount3 -uz "
@@ -76,22 +77,27 @@ class Usage(NamedTuple):
 class MountError(UserError):
     """A mounted path could not be used; the message says where, which fault, for how long it was tried, what to do.
 
-    `code` is the errno, `path` and `offset` say where, `tries` and `seconds` how long; `passing` tells a fault that
-    may still pass (the time was up) from one that cannot.
+    `code` is the errno, `path` says where and `offset` how far any try came, in bytes; `tries` and `seconds` say for how
+    long it was tried; `passing` tells a fault that may still pass (the time was up) from one that cannot.
     """
 
-    def __init__(self, operation: str, fault: Fault, tries: int, seconds: float, passing: bool):
-        self.operation, self.code, self.path, self.offset = operation, fault.code, fault.path, fault.offset
+    def __init__(self, operation: str, fault: Fault, furthest: int, tries: int, seconds: float, passing: bool):
+        self.operation, self.code, self.path = operation, fault.code, fault.path
+        self.offset = furthest if fault.offset is None else max(furthest, fault.offset)
         self.tries, self.seconds, self.passing = tries, seconds, passing
         mount = find_mount(fault.path)
         name = errno.errorcode.get(fault.code, f"errno {fault.code}")
-        at = f" at byte {fault.offset:,}" if fault.offset is not None else ""
+        got = f", which got to byte {self.offset:,}," if self.offset else ""
         tried = f"{tries} {'try' if tries == 1 else 'tries'} in {seconds:.1f} s"
         why = "gave up after" if passing else "not tried again:"
-        advice = ADVICE.get(fault.code, OTHER_ADVICE).format(point=mount.mount_point)
         super().__init__(
-            f"{operation} of {fault.path}{at} on {mount} failed: {name}, {fault.text} ({why} {tried}). {advice}"
+            f"{operation} of {fault.path}{got} on {mount} failed: {name}, {fault.text} ({why} {tried}). {advice(fault)}"
         )
+
+
+def advice(fault: Fault) -> str:
+    """What a person can do about a fault."""
+    return ADVICE.get(fault.code, OTHER_ADVICE).format(point=find_mount(fault.path).mount_point)
 
 
 @dataclass
@@ -153,14 +159,14 @@ class MountIO:
         timeout: float = TIMEOUT,
         stall_timeout: float = STALL_TIMEOUT,
         start_helper: Callable[[], Any] = Helper,
-        first_pause: float = FIRST_PAUSE,
     ):
-        self.timeout, self.stall_timeout, self.first_pause = timeout, stall_timeout, first_pause
+        self.timeout, self.stall_timeout = timeout, stall_timeout
         self.stats = MountStats()
         self._start_helper, self._helper = start_helper, None
         self._left_behind: list[tuple[Any, str | None]] = []  # (helper, the path that it may still write to)
         self._mount_points: set[str] = set()
         self._lock = threading.RLock()
+        self._stopped = threading.Event()
 
     def __enter__(self) -> MountIO:
         return self
@@ -174,6 +180,16 @@ class MountIO:
             if self._helper is not None:
                 self._helper.close()
                 self._helper = None
+
+    def stop(self) -> None:
+        """From any thread: the call that runs, and every later one, raises MountError (ECANCELED) within a second.
+
+        For a process that has to leave now. What was being written is incomplete then.
+        """
+        self._stopped.set()
+        helper = self._helper
+        if helper is not None:
+            helper.cancel()
 
     def expect_mount(self, mount_point: str) -> None:
         """From now on a path below `mount_point` is only touched while something is mounted there."""
@@ -198,16 +214,22 @@ class MountIO:
         return [(path, is_dir) for path, is_dir in self._run("glob", pattern, name="pattern")]
 
     def copy_in(
-        self, src_on_mount: str, local_dst: str, progress: Callable[[int], None] | None = None, listed: bool = False
+        self,
+        src_on_mount: str,
+        local_dst: str,
+        progress: Callable[[int], None] | None = None,
+        listed: bool = False,
+        durable: bool = True,
     ) -> CopiedFile:
         """Copy a file to local disk in one sequential pass, and again from the start if it changed meanwhile.
 
-        `local_dst` appears whole, flushed to disk, or not at all. `progress` gets the bytes that are there; after a
-        fault it starts again. `listed`: a listing names the file, so that its absence may be a fault that passes.
+        `local_dst` appears whole or not at all. `progress` gets the bytes that are there; after a fault it starts again.
+        `listed`: a listing names the file, so that its absence may be a fault that passes. `durable`: flushed to the
+        disk (fsync); needless for a copy that this process alone will read.
         """
         local = os.path.abspath(local_dst)
         state = _Try(os.fspath(src_on_mount), writes=False, local=local, retry_missing=listed, progress=progress)
-        copied = CopiedFile(*self._run("copy_in", state, name="src", dst=local))
+        copied = CopiedFile(*self._run("copy_in", state, name="src", dst=local, durable=durable))
         self.stats.bytes_in += copied.size
         return copied
 
@@ -265,9 +287,10 @@ class MountIO:
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(state.passes),
-            wait=tenacity.wait_random_exponential(multiplier=self.first_pause, max=LONGEST_PAUSE),
+            wait=tenacity.wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE),
             stop=pause_over_deadline,
             before_sleep=before_pause,
+            sleep=self._stopped.wait,
             reraise=True,
         )
         with self._lock:
@@ -276,7 +299,9 @@ class MountIO:
                 return retrying(self._try, operation, state, arguments)
             except Fault as fault:
                 seconds = time.monotonic() - state.started
-                raise MountError(operation, fault, state.number, seconds, state.passes(fault)) from fault
+                raise MountError(
+                    operation, fault, state.furthest, state.number, seconds, state.passes(fault)
+                ) from fault
             finally:
                 self.stats.seconds += time.monotonic() - state.started
 
@@ -314,7 +339,8 @@ class MountIO:
         """Have the helper do it; leave the helper behind if it hangs, or if we are interrupted meanwhile."""
         if self._helper is None:
             self._helper = self._start_helper()
-
+        if self._stopped.is_set():  # looked at with the helper in its place: `stop` sees either the one or the other
+            raise Fault(errno.ECANCELED, "it was told to stop", state.path)
         left = self.timeout - (time.monotonic() - state.advanced)
         patience = min(self.stall_timeout, max(left, LEAST_PATIENCE))
         try:

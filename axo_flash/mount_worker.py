@@ -127,8 +127,11 @@ def usage(report: Report, path: str) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
-def copy_in(report: Report, src: str, dst: str) -> list:
-    """Copy `src` to the local `dst` in one pass; [size, mtime_ns, sha256]. `dst` appears whole or not at all."""
+def copy_in(report: Report, src: str, dst: str, durable: bool) -> list:
+    """Copy `src` to the local `dst` in one pass; [size, mtime_ns, sha256]. `dst` appears whole or not at all.
+
+    `durable`: it is on the disk before its name is there, so that a power cut leaves it whole too.
+    """
     part = f"{dst}.part"
     with naming(part), contextlib.suppress(FileNotFoundError):
         os.unlink(part)  # a new file, not the old one cut: a helper that was left behind may still have that open
@@ -144,7 +147,8 @@ def copy_in(report: Report, src: str, dst: str) -> list:
             offset += len(block)
             report({"at": offset})
         with naming(part):
-            os.fsync(target)
+            if durable:
+                os.fsync(target)
     with naming(src):
         after = os.stat(src)
     if offset != before.st_size:

@@ -226,7 +226,16 @@ def data_line(report: RunReport) -> str:
         line += f"\ndropped: {dropped}"
     files = data["files"]
     source = files[0] if len(files) == 1 else f"{len(files)} files"
-    return line + f"\nfrom {source} on {', '.join(data['mount'])}"
+    line += f"\nfrom {source} on {', '.join(data['mount'])}"
+    return line + (f"\n{transfer_line(data['transfer'])}" if data.get("transfer") else "")
+
+
+def transfer_line(transfer: dict[str, Any]) -> str:
+    """What it took to bring the data files from their mounts to local disk."""
+    line = f"brought from the mount once: {transfer['bytes']:,} bytes in {duration(transfer['seconds'])}"
+    line += f", {transfer['retries']:,} faults met and tried again" if transfer["retries"] else ", no fault met"
+    line += f" ({transfer['stalls']:,} of them hung)" if transfer["stalls"] else ""
+    return line + f", {transfer['verified']:,} of {transfer['files']:,} files checked by manifest"
 
 
 def steps_line(report: RunReport) -> str:

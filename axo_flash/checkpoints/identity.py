@@ -11,7 +11,17 @@ from axo_flash.report import config_hash, versions
 
 # Keys that change where things are, what is shown, or how long a run lasts at most: a run may go on with other values.
 NEUTRAL = {
-    *("output_dir", "data_mount", "demo", "dataset_prepared_path", "dataset_num_proc", "trust_remote_code", "plugins"),
+    *(
+        "output_dir",
+        "data_mount",
+        "data_timeout",
+        "stall_timeout",
+        "demo",
+        "dataset_prepared_path",
+        "dataset_num_proc",
+        "trust_remote_code",
+        "plugins",
+    ),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "logging_steps"),
     *("eval_strategy", "eval_steps", "evals_per_epoch"),
     *("save_strategy", "save_steps", "saves_per_epoch", "save_total_limit"),

@@ -35,9 +35,7 @@ from axo_flash.config import Config
 from axo_flash.mount_io import MountIO
 from axo_flash.mounts import covers, find_mount, real_place
 
-# While training goes on a try to publish is given up soon, so that the next one takes the newest checkpoint and people
-# are told; before it, and for the lease to be taken, the mount gets the time that it needs.
-PUBLISH_TIMEOUT, HEARTBEAT_TIMEOUT, RELEASE_TIMEOUT = 60.0, 30.0, 5.0
+HEARTBEAT_TIMEOUT, RELEASE_TIMEOUT = 30.0, 5.0  # seconds; another heartbeat follows, so one may give up soon
 
 
 def place_of(config: Config) -> tuple[str, bool]:
@@ -93,27 +91,25 @@ class Session:
         self.root, self.mounted = place_of(config)
         self._mount_ios: list[MountIO] = []
         if storage is not None:
-            self.mounted, self.storage, patient, beating = True, storage, storage, lease_storage or storage
+            self.mounted, self.storage, beating = True, storage, lease_storage or storage
         elif self.mounted:
-            patient, self.storage, beating = map(self._mount_io, (None, PUBLISH_TIMEOUT, HEARTBEAT_TIMEOUT))
+            self.storage = self._mount_io(config.data_timeout)
+            beating = self._mount_io(HEARTBEAT_TIMEOUT)
         else:
-            patient = self.storage = beating = LocalStorage()
-        self.patient_output = self._output(patient)
+            self.storage = beating = LocalStorage()
+        self.output: Output = MountedOutput(self.root, self.storage) if self.mounted else LocalOutput(self.root)
         self.staging = staging_of(config, self.root, self.mounted)
-        self.lease = Lease(self.root, patient, beating, say=say, **(lease_options or {}))
+        self.lease = Lease(self.root, self.storage, beating, say=say, **(lease_options or {}))
         self.found: Found | None = None
         self.writer: Writer | None = None
         self._saves = 0
 
-    def _mount_io(self, timeout: float | None) -> MountIO:
+    def _mount_io(self, timeout: float) -> MountIO:
         """A helper process of its own: calls of one take turns, and a long copy must not hold up a heartbeat."""
-        mount_io = MountIO() if timeout is None else MountIO(timeout=timeout)
+        mount_io = MountIO(timeout, self.config.stall_timeout)
         mount_io.expect_mount(find_mount(self.root).mount_point)
         self._mount_ios.append(mount_io)
         return mount_io
-
-    def _output(self, storage: Storage) -> Output:
-        return MountedOutput(self.root, storage) if self.mounted else LocalOutput(self.root)
 
     def __enter__(self) -> Session:
         try:
@@ -130,6 +126,8 @@ class Session:
             unsettled = kind is not None and not issubclass(kind, KeyboardInterrupt | NotPublished)
             if unsettled:  # an error of training: what it saved before is worth a while
                 self.writer.wait(time.monotonic() + self.config.preemption_timeout)
+            if self._mount_ios:
+                self._mount_ios[0].stop()  # what still runs there will not end in time: the publishing thread returns
             self.writer.stop()
         thread = threading.Thread(target=self._leave, name="release", daemon=True)
         thread.start()
@@ -152,9 +150,9 @@ class Session:
         clear_staging(self.staging)
         wanted = self.config.resume_from_checkpoint
         if isinstance(wanted, str):
-            self.found = checkpoint_at(wanted, self.patient_output, self.staging)
+            self.found = checkpoint_at(wanted, self.output, self.staging)
         elif wanted or self.config.auto_resume_from_checkpoints:
-            self.found = newest_complete(self.patient_output, self.staging)
+            self.found = newest_complete(self.output, self.staging)
             if wanted and self.found is None:
                 raise CheckpointError(
                     f"resume_from_checkpoint: true, but there is no complete checkpoint in {self.root} (nor in "
@@ -172,9 +170,9 @@ class Session:
         identity = identity_of(self.config, data)
         if self.found is not None:
             require_same_data(self.found, identity)
-        candidates, _ = survey(self.patient_output, self.staging)
+        candidates, _ = survey(self.output, self.staging)
         generation = next_generation([candidate.manifest for candidate in candidates])
-        shelf = Shelf(self._output(self.storage), self.staging, self.config.save_total_limit, generation, identity)
+        shelf = Shelf(self.output, self.staging, self.config.save_total_limit, generation, identity)
         self._take_over(shelf, candidates)
         self.writer = Writer(shelf, self.staging, self.lease.require)
 
@@ -233,7 +231,9 @@ class Session:
 
     def facts(self) -> dict[str, Any]:
         """For the report."""
-        return vars(self.writer.shelf.status) | {"staging": str(self.staging), "lease_fault": self.lease.last_fault}
+        facts = vars(self.writer.shelf.status) | {"staging": str(self.staging), "lease_fault": self.lease.last_fault}
+        facts.pop("behind_since")  # a clock of this process
+        return facts
 
     def local_output(self) -> Path:
         """Where weights, report and picture are written: output_dir, or a local folder if that is a mount."""

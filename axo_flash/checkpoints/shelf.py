@@ -13,6 +13,7 @@ from axo_flash.checkpoints.manifest import Broken, Identity, Manifest, seal, ver
 from axo_flash.checkpoints.output import CHECKPOINT, Output
 from axo_flash.checkpoints.storage import FAULTS
 
+LONG_WAIT = 120.0  # seconds of publishing after which people are told, though nothing has failed yet
 LOG = logging.getLogger(__name__)
 
 
@@ -28,12 +29,19 @@ class Status:
     tries_failed: int = 0
     last_error: str | None = None
     not_rotated: str | None = None
+    behind_since: float | None = None  # time.monotonic() of the first sealed checkpoint that is not published
 
     def notice(self) -> str:
         """What a person should know while training goes on, or nothing."""
-        if self.staged is None or self.last_error is None:
+        if self.staged is None:
             return ""
-        return f"checkpoint {self.sealed_step} only in {self.staged} ({self.tries_failed} tries to publish failed)"
+        waited = time.monotonic() - (self.behind_since or time.monotonic())
+        if self.last_error is None and waited < LONG_WAIT:
+            return ""
+        return (
+            f"checkpoint {self.sealed_step} only in {self.staged} (output_dir has failed {self.tries_failed} times, and "
+            f"is behind for {waited:.0f} s)"
+        )
 
 
 class Shelf:
@@ -60,6 +68,7 @@ class Shelf:
             given_up, self._pending = self._pending, directory
             kept, self._kept = self._kept, None
             self.status.sealed_step, self.status.staged = step, str(directory)
+            self.status.behind_since = self.status.behind_since or time.monotonic()
             doomed = [path for path in (given_up, kept) if path not in (None, self._working)]
             if given_up is not None and given_up != self._working:
                 self.status.never_published.append(step_of(given_up))
@@ -124,7 +133,7 @@ class Shelf:
             self._working = None
             newest = self._pending == staged
             if newest:
-                self._pending, self.status.staged = None, None
+                self._pending, self.status.staged, self.status.behind_since = None, None, None
                 self._kept = staged if staged.exists() else None
             self.status.published_step, self.status.published = step_of(staged), self.output.path(name)
             self.status.tries_failed, self.status.last_error = 0, None

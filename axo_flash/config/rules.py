@@ -98,6 +98,16 @@ def _packing_or_grouping(config: "Config") -> Problems:
         yield "group_by_length", "excludes sample_packing: packed rows are of one length already; set it to false"
 
 
+@_reads("data_timeout", "stall_timeout")
+def _time_to_try_again(config: "Config") -> Problems:
+    if config.stall_timeout >= config.data_timeout:
+        yield (
+            "stall_timeout",
+            f"got {config.stall_timeout:g}, expected less than data_timeout, which is {config.data_timeout:g}: a call "
+            "that hangs would never be tried again; raise data_timeout, or lower this",
+        )
+
+
 @_reads("attn_implementation", "attention_backend")
 def _backend_of_our_attention(config: "Config") -> Problems:
     if config.attention_backend != "auto" and config.attn_implementation != "axo_fa":

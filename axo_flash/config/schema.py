@@ -137,6 +137,12 @@ class Config:
     # data
     datasets: list[DatasetConfig] = required(values.dataset_list, "What to train on: one entry a dataset.")
     data_mount: str | None = key(file_path, "Mount point that the data must lie on; checked before anything is read.")
+    data_timeout: float = key(
+        positive, "Seconds for which a failing mount is tried again, from where a read last got further.", 900.0
+    )
+    stall_timeout: float = key(
+        positive, "Seconds without progress after which a call on a mount is given up, and tried again.", 330.0
+    )
     demo: bool = key(flag, "Prepare the demo's model and data, under the paths of this file, before the run.", False)
     dataset_prepared_path: str | None = key(
         file_path, "Where tokenised data is cached: a local disk, not a mount; null chooses."

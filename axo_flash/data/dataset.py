@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from axo_flash.data.files import DataError
+from axo_flash.data.mounted import Transfer
 from axo_flash.data.packing import PackedCollator, PaddedCollator, concatenate, pack, packing_efficiency
 from axo_flash.data.prepared import Prepared, prepare
 
@@ -43,9 +44,10 @@ class DroppedRows:
 class DataReport:
     """What was read and what became of it. documents, tokens and packed_rows are of the training split.
 
-    `trained_tokens` counts the tokens that a loss is taken on; `packing_efficiency` is the share of all packed rows'
-    tokens that belongs to documents (packed_rows and it are None without packing); `seconds` is the wall time of
-    `prepare_data`.
+    `sources` has path, size, mtime_ns (of files on mounts) and sha256 of every file as it was read; `transfer` says what
+    it took to bring those on mounts to local disk, None where there were none. `trained_tokens` counts the tokens that a
+    loss is taken on; `packing_efficiency` is the share of all packed rows' tokens that belongs to documents (packed_rows
+    and it are None without packing); `seconds` is the wall time of `prepare_data`.
     """
 
     files: list[str]
@@ -64,6 +66,8 @@ class DataReport:
     cache_path: str
     cache_hit: bool
     seconds: float
+    sources: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    transfer: Transfer | None = None
 
 
 @dataclasses.dataclass
@@ -150,7 +154,13 @@ def prepare_data(config: Config, tokenizer: Any) -> PreparedData:
         cache_path=str(prepared.path),
         cache_hit=prepared.cache_hit,
         seconds=time.monotonic() - started,
-    )
+        sources=[
+            {"path": origin.name, "size": origin.size, "mtime_ns": origin.copy and origin.copy.mtime_ns,
+             "sha256": origin.sha256}
+            for origin in prepared.origins
+        ],
+        transfer=prepared.transfer,
+    )  # fmt: skip
     return PreparedData(train_rows, eval_rows, collator, eval_collator, report)
 
 

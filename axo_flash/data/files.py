@@ -1,8 +1,9 @@
-"""Data files on mounted paths: which mount holds a path, which files a dataset means, and the one way to read them.
+"""Data files: which files a dataset means, that they lie on the mount that was asked for, and reading local ones.
 
 A FUSE mount (HopsFS, s3fs, rclone, ...) punishes small random reads, a `stat` per sample and every `mmap` (SIGBUS when
-the daemon dies). So a file is read once, whole, from front to back in 4 MiB blocks by one reader (`read_blocks`),
-hashed on the way and copied to local disk (`fetch`); everything after that works on the local copy.
+the daemon dies). So a file is read once, whole, from front to back in 4 MiB blocks by one reader, hashed on the way and
+copied to local disk; everything after that works on the local copy. Files on a local disk are read here (`fetch`); what
+touches a mount, listing included, is left to the helper process of `MountIO` (see mounted.py).
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import glob
 import hashlib
 import os
 import re
-import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from axo_flash import mount_worker
+from axo_flash.mount_io import FileInfo, MountIO
+from axo_flash.mounts import MOUNTINFO, Mount, find_mount, real_place
 
 if TYPE_CHECKING:
     from axo_flash.config import DatasetConfig
 
 BLOCK_BYTES = 4 << 20
-MOUNTINFO = "/proc/self/mountinfo"
 FORMAT_OF_EXTENSION = {
     ".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow",
 }  # fmt: skip
@@ -41,22 +44,6 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
-class Mount:
-    """One line of mountinfo: where a file system is mounted, its type (`fuse.hopsfs`, `ext4`, ...) and its source."""
-
-    mount_point: str
-    fstype: str
-    source: str
-
-    @property
-    def is_fuse(self) -> bool:
-        return self.fstype.startswith("fuse")
-
-    def __str__(self) -> str:
-        return f"{self.mount_point} ({self.fstype}, {self.source})"
-
-
-@dataclass(frozen=True)
 class DataFile:
     """A file to read: absolute path, record format (json, csv, parquet, arrow) and the mount that holds it."""
 
@@ -67,38 +54,17 @@ class DataFile:
 
 @dataclass(frozen=True)
 class LocalCopy:
-    """What `fetch` left on local disk, with the hash of the bytes that were read."""
+    """A file brought to local disk, with the hash of the bytes that were read and, from a mount, their mtime there."""
 
     path: Path
     sha256: str
     size: int
-
-
-def find_mount(path: str | os.PathLike, mountinfo: str = MOUNTINFO) -> Mount:
-    """The mount that holds `path`, by the longest mount point that is a prefix; never touches `path` itself.
-
-    The path is taken as written (made absolute, `..` folded): following symbolic links would mean touching the mount.
-    """
-    path, best = os.path.abspath(path), Mount("", "unknown", "unknown")
-    try:
-        with open(mountinfo, encoding="utf-8", errors="surrogateescape") as lines:
-            for line in lines:
-                # "36 35 98:0 /root /mount/point options [optional fields ...] - fstype source options": proc(5)
-                left, _, right = line.rstrip("\n").partition(" - ")
-                mount_point, (fstype, source) = _unescape(left.split(" ")[4]), right.split(" ")[:2]
-                covers = path == mount_point or path.startswith(mount_point.rstrip("/") + "/")
-                if covers and len(mount_point) >= len(
-                    best.mount_point
-                ):  # >=: of two mounts on one point the later hides
-                    best = Mount(mount_point, fstype, _unescape(source))
-    except FileNotFoundError:  # not Linux: nothing is known about mounts
-        return Mount("/", "unknown", "unknown")
-    return best
+    mtime_ns: int | None = None
 
 
 def require_mount(path: str | os.PathLike, mount_point: str, mountinfo: str = MOUNTINFO) -> None:
     """Raise DataError unless `path` lies on the file system mounted at `mount_point`; touches neither of them."""
-    path, wanted = os.path.abspath(path), os.path.abspath(mount_point)
+    path, wanted = real_place(path, mountinfo), real_place(mount_point, mountinfo)
     there = find_mount(path, mountinfo)
     if there.mount_point == wanted:
         return
@@ -114,30 +80,37 @@ def require_mount(path: str | os.PathLike, mount_point: str, mountinfo: str = MO
     )
 
 
-def list_files(dataset: DatasetConfig, data_mount: str | None = None) -> list[DataFile]:
+def list_files(dataset: DatasetConfig, data_mount: str | None = None, io: MountIO | None = None) -> list[DataFile]:
     """The files that `path`, `data_files`, `ds_type` and `split` of a dataset mean, in sorted order.
 
     `path` is a file, a directory (searched recursively; hidden names and names with a leading `_` are left out) or a
     glob. `name` is a directory in it; `data_files` names files or globs, taken relative to `path` where that is a
     directory. A directory whose names mark splits (`train.jsonl`, `test/part-0.parquet`, ...) gives only the files of
     the split asked for, "train" by default. With `data_mount`, every path must lie on that mount; this is checked
-    before anything on it is touched.
+    before anything on it is touched. What lies on a mount is listed through `io` (None: one for this call alone).
 
-    Raises DataError if nothing is there or a format is not known. Returns [] if `path` is no local path at all (it may
-    name a dataset on the Hub, see `looks_like_hub_id`).
+    Raises DataError if nothing is there or a format is not known, MountError if a mount does not answer.
+    Returns [] if `path` is no local path at all (it may name a dataset on the Hub, see `looks_like_hub_id`).
     """
+    if io is None:
+        with MountIO() as io:
+            return list_files(dataset, data_mount, io)
     patterns, root = _patterns(dataset)
     if data_mount:
         for pattern in patterns:
             require_mount(_fixed_part(pattern), data_mount)
-    if not dataset.data_files and looks_like_hub_id(dataset.path) and not _exists(dataset.path):
-        return []
+        io.expect_mount(real_place(data_mount))
+    if not dataset.data_files and looks_like_hub_id(dataset.path):
+        place = _real_pattern(dataset.path)
+        if _tree(place, io).stat(place) is None:
+            return []
     paths: list[str] = []
-    for pattern in patterns:
-        found = _expand(pattern)
-        if root is None and os.path.isdir(pattern):
+    for pattern in map(_real_pattern, patterns):
+        tree = _tree(pattern, io)
+        info = tree.stat(pattern)
+        if root is None and info is not None and info.is_dir:
             root = pattern
-        paths += [path for path in found if path not in paths]
+        paths += [path for path in _expand(pattern, info, tree) if path not in paths]
     if root is not None and not dataset.data_files:
         paths = _of_split(paths, root, split_name(dataset.split))
     formats = {path: _format(path, dataset.ds_type) for path in paths}
@@ -146,7 +119,8 @@ def list_files(dataset: DatasetConfig, data_mount: str | None = None) -> list[Da
             f"{dataset.path} holds files of several formats ({', '.join(sorted(set(formats.values())))}): "
             "name the ones to read with data_files, or give a glob such as /path/*.jsonl."
         )
-    return [DataFile(os.path.abspath(path), formats[path], find_mount(path)) for path in paths]
+    places = {path: _real_pattern(os.path.abspath(path)) for path in paths}  # a link may lead to a mount
+    return [DataFile(place, formats[path], find_mount(place)) for path, place in places.items()]
 
 
 def looks_like_hub_id(path: str) -> bool:
@@ -179,18 +153,11 @@ def read_blocks(path: str | os.PathLike) -> Iterator[bytes]:
 
 def fetch(file: DataFile, directory: Path) -> LocalCopy:
     """Copy `file` into the local `directory` in one sequential pass, hashing it on the way. Raises DataError."""
-    from tqdm.auto import tqdm
-
     digest, size = hashlib.sha256(), 0
-    name = hashlib.sha256(file.path.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    target = directory / f"{name}.{file.format}"
+    target = copy_path(file, directory)
     try:
         total = os.stat(file.path).st_size
-        with (
-            open(target, "wb") as copy,
-            tqdm(total=total, unit="B", unit_scale=True, desc=f"Reading {os.path.basename(file.path)}",
-                 disable=None if total > 16 * BLOCK_BYTES else True) as progress,
-        ):  # fmt: skip
+        with open(target, "wb") as copy, progress_bar(file.path, total) as progress:
             for block in read_blocks(file.path):
                 copy.write(block)
                 digest.update(block)
@@ -201,9 +168,56 @@ def fetch(file: DataFile, directory: Path) -> LocalCopy:
     return LocalCopy(target, digest.hexdigest(), size)
 
 
-def _unescape(field: str) -> str:
-    """mountinfo writes space, tab, newline and backslash as octal: `\\040` is a space."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
+def copy_path(file: DataFile, directory: Path) -> Path:
+    """Where in `directory` the local copy of `file` goes."""
+    name = hashlib.sha256(file.path.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return directory / f"{name}.{file.format}"
+
+
+def progress_bar(path: str, total: int) -> Any:
+    """A tqdm bar of bytes for reading `path`; small files have none."""
+    from tqdm.auto import tqdm
+
+    hidden = None if total > 16 * BLOCK_BYTES else True
+    return tqdm(total=total, unit="B", unit_scale=True, desc=f"Reading {os.path.basename(path)}", disable=hidden)
+
+
+class _Disk:
+    """The looking around of MountIO, done in this process: for local disks, whose calls neither hang nor pass."""
+
+    def stat(self, path: str) -> FileInfo | None:
+        found = self._do(mount_worker.stat_path, path)
+        return found and FileInfo(*found)
+
+    def listdir(self, path: str) -> list[str]:
+        return self._do(mount_worker.listdir, path)
+
+    def walk(self, path: str) -> list[str]:
+        return self._do(mount_worker.walk, path)
+
+    def glob(self, pattern: str) -> list[tuple[str, bool]]:
+        return self._do(mount_worker.glob_path, pattern)
+
+    def _do(self, operation: Callable, path: str) -> Any:
+        try:
+            return operation(lambda message: None, path)
+        except mount_worker.Fault as fault:
+            raise _explained(OSError(fault.code, fault.text), fault.path) from fault
+
+
+_DISK = _Disk()
+
+
+def _tree(path: str, io: MountIO) -> MountIO | _Disk:
+    """What may look at `path`: the helper process if it lies on a mount that can hang."""
+    return io if find_mount(_fixed_part(path)).is_remote else _DISK
+
+
+def _real_pattern(pattern: str) -> str:
+    """The pattern with its fixed part as `real_place`, if that leads to a mount; as it is written if not."""
+    fixed = _fixed_part(pattern)
+    place = real_place(fixed)
+    return place + pattern[len(fixed) :] if find_mount(place).is_remote and fixed != "." else pattern
 
 
 def _patterns(dataset: DatasetConfig) -> tuple[list[str], str | None]:
@@ -223,53 +237,27 @@ def _fixed_part(pattern: str) -> str:
     return pattern or "."
 
 
-def _exists(path: str) -> bool:
-    """os.stat, and not os.path.exists, which answers False when the daemon behind a mount has died."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise _explained(error, path) from error
-    return True
-
-
-def _expand(pattern: str) -> list[str]:
-    """The files that one path or glob means, sorted."""
-    if _exists(pattern):
-        return _files_below(pattern)
-    found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else []
+def _expand(pattern: str, info: FileInfo | None, tree: MountIO | _Disk) -> list[str]:
+    """The files that one path or glob means, sorted; `info` is what lies at the pattern itself."""
+    if info is not None:
+        return _files_below(pattern, tree) if info.is_dir else [pattern]
+    found = tree.glob(pattern) if glob.has_magic(pattern) else []
     if not found:
-        raise _missing(pattern)
-    return [path for entry in found for path in _files_below(entry)]
+        raise _missing(pattern, tree)
+    return [path for entry, is_dir in found for path in (_files_below(entry, tree) if is_dir else [entry])]
 
 
-def _files_below(path: str) -> list[str]:
-    """`path` itself, or the data files in the directory: listing it costs one scandir a folder, never a stat a file."""
-    try:
-        if not stat.S_ISDIR(os.stat(path).st_mode):
-            return [path]
-        known = sorted(name for name in _walk(path) if Path(name).suffix in FORMAT_OF_EXTENSION)
-    except OSError as error:
-        raise _explained(error, path) from error
+def _files_below(directory: str, tree: MountIO | _Disk) -> list[str]:
+    """The data files in a directory: listing it costs one scandir a folder, never a stat a file."""
+    paths = [path for path in tree.walk(directory) if os.path.basename(path) not in DATASETS_METADATA]
+    known = [path for path in paths if Path(path).suffix in FORMAT_OF_EXTENSION]
     if not known:
         raise DataError(
-            f"{path} is a directory without data files (.{', .'.join(e[1:] for e in FORMAT_OF_EXTENSION)}); "
-            f"it holds {_some(os.listdir(path)) or 'nothing'}. "
+            f"{directory} is a directory without data files (.{', .'.join(e[1:] for e in FORMAT_OF_EXTENSION)}); "
+            f"it holds {_some(tree.listdir(directory)) or 'nothing'}. "
             "Name the files with data_files and their format with ds_type."
         )
     return known
-
-
-def _walk(directory: str) -> Iterator[str]:
-    def fail(error: OSError) -> None:
-        raise error
-
-    for folder, folders, names in os.walk(directory, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
-        for name in names:
-            if not name.startswith((".", "_")) and name not in DATASETS_METADATA:
-                yield os.path.join(folder, name)
 
 
 def _of_split(paths: list[str], root: str, wanted: str) -> list[str]:
@@ -304,13 +292,13 @@ def _format(path: str, ds_type: str | None) -> str:
     return FORMAT_OF_EXTENSION[suffix]
 
 
-def _missing(path: str) -> DataError:
+def _missing(path: str, tree: MountIO | _Disk) -> DataError:
     """`path` is not there: name the nearest directory that is, and what it holds."""
     parent = os.path.abspath(_fixed_part(path) if glob.has_magic(path) else os.path.dirname(path))
-    while not _exists(parent):
+    while tree.stat(parent) is None:
         parent = os.path.dirname(parent)
     what = "no file matches" if glob.has_magic(path) else "there is no file or directory"
-    holds = _some(os.listdir(parent)) or "nothing"
+    holds = _some(tree.listdir(parent)) or "nothing"
     return DataError(f"{what} {path}. {parent} exists and holds {holds}. Correct datasets[].path.")
 
 

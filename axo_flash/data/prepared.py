@@ -26,6 +26,8 @@ from axo_flash.data import records
 from axo_flash.data.document import RowError
 from axo_flash.data.files import DataError, DataFile, LocalCopy, fetch, find_mount, list_files, split_name
 from axo_flash.data.formats import RowEncoder, fit, make_encoder
+from axo_flash.data.mounted import Transfer, bring
+from axo_flash.mount_io import MountIO
 
 if TYPE_CHECKING:
     import datasets
@@ -64,6 +66,7 @@ class Prepared:
     meta: dict[str, Any]
     path: Path
     cache_hit: bool
+    transfer: Transfer | None = None  # None where nothing came from a mount
 
     def place(self, file: int, number: int) -> str:
         unit = self.meta["files"][file]["unit"]
@@ -85,7 +88,7 @@ def prepare(config: Config, tokenizer: Any) -> Prepared:
         shutil.rmtree(work, ignore_errors=True)  # left by a run that was killed
         work.mkdir()
         try:
-            origins = _read(config, work)
+            origins, transfer = _read(config, work)
             key = _key(config, encoders, tokenizer, origins)
             found = _open(root / key, origins)
             if found is None:
@@ -96,6 +99,7 @@ def prepare(config: Config, tokenizer: Any) -> Prepared:
                 if found is None:
                     raise DataError(f"the prepared set {root / key} cannot be read back: is the disk full or failing?")
                 found.cache_hit = False
+            found.transfer = transfer
             return found
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -139,20 +143,33 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------- read
-def _read(config: Config, work: Path) -> list[Origin]:
+def _read(config: Config, work: Path) -> tuple[list[Origin], Transfer | None]:
     """Every file of every dataset, copied to `work` and hashed; all names are checked before the first one is read."""
-    listed = [list_files(dataset, config.data_mount) for dataset in config.datasets]
-    origins = []
-    for index, (dataset, files) in enumerate(zip(config.datasets, listed, strict=True)):
-        for file in files:
-            folder = work / f"{index}-{len(origins)}"
-            folder.mkdir()
-            copy = fetch(file, folder)
-            origins.append(Origin(index, file.path, copy.size, copy.sha256, str(file.mount), file, copy))
-        if not files:
-            table = _from_hub(dataset)
-            origins.append(Origin(index, dataset.path, table.dataset_size or 0, table._fingerprint, None, table=table))
-    return origins
+    origins: list[Origin] = []
+    mounted: list[tuple[Origin, Path]] = []
+    with MountIO(config.data_timeout, config.stall_timeout) as io:
+        listed = [list_files(dataset, config.data_mount, io) for dataset in config.datasets]
+        for index, (dataset, files) in enumerate(zip(config.datasets, listed, strict=True)):
+            for file in files:
+                folder = work / f"{index}-{len(origins)}"
+                folder.mkdir()
+                if file.mount.is_remote:
+                    origins.append(Origin(index, file.path, 0, "", str(file.mount), file))
+                    mounted.append((origins[-1], folder))
+                    continue
+                copy = fetch(file, folder)
+                origins.append(Origin(index, file.path, copy.size, copy.sha256, str(file.mount), file, copy))
+            if not files:
+                table = _from_hub(dataset)
+                origins.append(
+                    Origin(index, dataset.path, table.dataset_size or 0, table._fingerprint, None, table=table)
+                )
+        if not mounted:
+            return origins, None
+        copies, transfer = bring([(origin.file, folder) for origin, folder in mounted], io)
+    for (origin, _), copy in zip(mounted, copies, strict=True):
+        origin.copy, origin.size, origin.sha256 = copy, copy.size, copy.sha256
+    return origins, transfer
 
 
 def _from_hub(dataset: DatasetConfig) -> datasets.Dataset:

@@ -439,6 +439,7 @@ BETWEEN = [
     ("adapter: lora\nlora_r: 8\nlora_alpha: 8", "adapter: no layer to adapt; set lora_target_linear: true"),
     ("bf16: true\nfp16: true", "fp16: excludes bf16, which is true too"),
     ("sample_packing: true\ngroup_by_length: true", "group_by_length: excludes sample_packing"),
+    ("data_timeout: 60", "stall_timeout: got 330, expected less than data_timeout, which is 60"),
     (
         "attn_implementation: sdpa\nattention_backend: triton",
         "attention_backend: got 'triton', which is a kernel of axo_fa, but the attention is sdpa",

@@ -14,6 +14,7 @@ import golden_cases as golden
 import pytest
 
 from axo_flash.config import Config, DatasetConfig
+from axo_flash.data import mounted
 from axo_flash.data.dataset import DataError, prepare_data
 from axo_flash.data.files import find_mount
 
@@ -44,8 +45,9 @@ def mount(tmp_path):
     daemon.wait(timeout=20)
 
 
-def test_data_comes_through_the_mount(mount, tmp_path):
+def test_data_comes_through_the_mount(mount, tmp_path, monkeypatch):
     backing, point = mount
+    monkeypatch.setattr(mounted, "ATTRIBUTE_CACHE_SECONDS", 0.5)
     rows = golden.instruction_rows(golden.ALPACA)
     (backing / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert find_mount(point / "train.jsonl").is_fuse
