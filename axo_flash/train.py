@@ -13,7 +13,7 @@ from transformers import set_seed
 
 from axo_flash import metrics, sampling
 from axo_flash.callbacks import EarlyStopping, LossWatchdog, Meter, StopOnSignal
-from axo_flash.checkpoints import NotPublished, Session
+from axo_flash.checkpoints import Found, NotPublished, Session
 from axo_flash.config import Config
 from axo_flash.data.dataset import PreparedData, prepare_data
 from axo_flash.demo import prepare as prepare_demo
@@ -84,12 +84,7 @@ def run(config: Config, report: RunReport, checkpoints: Session, say: Say) -> No
     metrics.reset_peak_memory()
     with StopOnSignal(say, config.preemption_timeout, checkpoints.last_words) as stop:
         with phase("training"):
-            total = count_steps(config, len(data.train))
-            if found is not None and found.manifest.step >= total:
-                say(f"nothing left to train: the checkpoint is of step {found.manifest.step} of {total}")
-                trainer.restore(found.local)
-            else:
-                run_steps(trainer, stop, config.seed, str(found.local) if found else None)
+            run_steps(trainer, stop, config, found, say)
         stop.training_is_over = True
         describe_training(report, trainer, meter)
         report.resumed_from = found.source if found else None
@@ -142,12 +137,17 @@ def measure_before(report: RunReport, trainer: RunTrainer, question: sampling.Qu
         report.sample.before = sampling.answer(trainer.model, tokenizer, question)
 
 
-def run_steps(trainer: RunTrainer, stop: StopOnSignal, seed: int, checkpoint: str | None) -> None:
-    """All optimizer steps, or those up to a signal."""
+def run_steps(trainer: RunTrainer, stop: StopOnSignal, config: Config, found: Found | None, say: Say) -> None:
+    """All optimizer steps that the checkpoint leaves, or those up to a signal."""
+    total = count_steps(config, len(trainer.train_dataset))
+    if found is not None and found.manifest.step >= total:
+        say(f"nothing left to train: the checkpoint is of step {found.manifest.step} of {total}")
+        trainer.restore(found.local)
+        return
     trainer.add_callback(KeepHistory(trainer.state.log_history))
     trainer.add_callback(stop)
-    set_seed(seed)  # whatever was drawn before, rows and dropout start alike
-    trainer.train(resume_from_checkpoint=checkpoint)
+    set_seed(config.seed)  # whatever was drawn before, rows and dropout start alike
+    trainer.train(resume_from_checkpoint=str(found.local) if found else None)
 
 
 def measure_after(report: RunReport, trainer: RunTrainer, question: sampling.Question | None) -> None:

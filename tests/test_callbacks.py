@@ -93,6 +93,14 @@ def test_first_signal_asks_and_the_second_insists():
     assert len(said) == 1
 
 
+def test_the_progress_line_says_what_is_wrong_with_the_checkpoints():
+    notice = []
+    progress = Progress(Meter(), io.StringIO(), notice=lambda: "".join(notice))
+    assert progress.facts() == "0 tokens/s"
+    notice.append("checkpoint 8 only in /tmp/staging")
+    assert progress.facts() == "0 tokens/s, checkpoint 8 only in /tmp/staging"
+
+
 def test_ctrl_c_after_training_ends_at_once():
     with StopOnSignal([].append) as stop:
         stop.training_is_over = True

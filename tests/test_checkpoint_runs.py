@@ -143,7 +143,6 @@ def test_a_full_mount_does_not_stop_training_and_the_next_run_publishes(
     err = capsys.readouterr().err
     staged = next((tmp_path / "cache").rglob("checkpoint-8"))
     assert f"complete in {staged}" in err and "No space left" in err and err.count("error:") == 1
-    assert "checkpoint 8 only in" in err or "checkpoint 6 only in" in err  # in the progress lines
     assert verify_local(staged).step == 8
     reports = list((tmp_path / "cache").rglob("run_report.json"))
     assert json.loads(reports[0].read_text())["status"] == "unpublished"

@@ -5,8 +5,8 @@ trainer ─► session ─► writer (threads) ─► shelf ─► output ─►
               └► lease
 """
 
-from axo_flash.checkpoints.resume import CheckpointError
+from axo_flash.checkpoints.resume import CheckpointError, Found
 from axo_flash.checkpoints.session import Session
 from axo_flash.checkpoints.writer import NotPublished
 
-__all__ = ["CheckpointError", "NotPublished", "Session"]
+__all__ = ["CheckpointError", "Found", "NotPublished", "Session"]
