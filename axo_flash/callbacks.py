@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -117,8 +118,8 @@ class Progress(TrainerCallback):
 
     LINES = 20  # about so many lines in a log file
 
-    def __init__(self, meter: Meter, stream: Any = None) -> None:
-        self.meter, self.stream = meter, stream or sys.stderr
+    def __init__(self, meter: Meter, stream: Any = None, notice: Callable[[], str] = lambda: "") -> None:
+        self.meter, self.stream, self.notice = meter, stream or sys.stderr, notice
         self.bar: tqdm | None = None
         self.loss: float | None = None
         self.first_step = 0
@@ -161,9 +162,10 @@ class Progress(TrainerCallback):
             self.next_line = state.global_step + max(1, state.max_steps // self.LINES)
 
     def facts(self) -> str:
-        """The newest loss and the speed so far."""
+        """The newest loss, the speed so far, and what is wrong with the checkpoints, if anything is."""
         loss = [] if self.loss is None else [f"loss {self.loss:.3f}"]
-        return ", ".join([*loss, f"{self.meter.tokens_per_second:,.0f} tokens/s"])
+        notice = [self.notice()] if self.notice() else []
+        return ", ".join([*loss, f"{self.meter.tokens_per_second:,.0f} tokens/s", *notice])
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         """Leave a line for every evaluation."""
@@ -187,14 +189,21 @@ class Progress(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """Ctrl-C (or SIGTERM) ends training after the step that runs, with a checkpoint: a step is never torn in two.
 
-    A second Ctrl-C ends it at once, without. Use as a context manager around training, in the main thread.
+    A second Ctrl-C ends it at once, without. SIGTERM is what a node that is taken away sends: `leave_within` seconds
+    after it the process is gone, whatever hangs, with `last_words()` on stderr. Use as a context manager around
+    training and what follows it, in the main thread.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
+    def __init__(
+        self, say: Callable[[str], None], leave_within: float = 60.0, last_words: Callable[[], str] = lambda: ""
+    ) -> None:
+        self.say, self.leave_within, self.last_words = say, leave_within, last_words
         self.received: int | None = None
+        self.training_is_over = False  # set it when no step is left to be torn: Ctrl-C then ends what follows at once
+        self.leave_at: float | None = None  # time.monotonic() by which a run that got SIGTERM stops waiting
+        self._timer: threading.Timer | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -206,12 +215,33 @@ class StopOnSignal(TrainerCallback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.received is not None:
+        if number == signal.SIGTERM and self._timer is None:
+            self.leave_at = time.monotonic() + 0.8 * self.leave_within  # the rest is for the report
+            self._timer = threading.Timer(self.leave_within, self._leave)
+            self._timer.daemon = True
+            self._timer.start()
+        elif self.received is not None or self.training_is_over:
             raise KeyboardInterrupt
-        self.received = number
-        self.say("\nstopping after this step, with a checkpoint to go on from (once more to stop at once, without)")
+        within = f" within {self.leave_within:.0f} s" if number == signal.SIGTERM else ""
+        if self.training_is_over:
+            self.say(f"\nleaving{within}")
+        elif self.received is None:
+            self.received = number
+            self.say(
+                f"\nstopping after this step{within}, with a checkpoint to go on from (once more to stop at once, without)"
+            )
+
+    def _leave(self) -> None:
+        print(
+            f"not done {self.leave_within:.0f} s after SIGTERM: leaving. {self.last_words()}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(128 + signal.SIGTERM)  # a call that hangs in a mount answers to nothing milder
 
     def on_step_end(self, args, state, control, **kwargs):
         """Save and stop if a signal came."""

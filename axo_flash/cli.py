@@ -18,7 +18,7 @@ from axo_flash.config import Config, ConfigError, load_config
 from axo_flash.data.files import DataError
 from axo_flash.errors import UserError
 
-OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
+OK, BAD_INPUT, UNPUBLISHED, INTERRUPTED = 0, 2, 3, 130
 OUT_OF_MEMORY = "\ntry a smaller micro_batch_size or sequence_len, gradient_checkpointing: true, adapter: qlora"
 
 
@@ -37,7 +37,8 @@ class Command:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0: done. 1: it ran and found something wrong. 2: the input is wrong (one message on stderr). 130: Ctrl-C.
+    0: done. 1: it ran and found something wrong. 2: the input is wrong (one message on stderr). 3: training ended,
+    but what it made could not be brought to output_dir. 130: Ctrl-C. 143: SIGTERM.
     """
     arguments = make_parser().parse_args(argv)
     try:
@@ -113,11 +114,15 @@ def quiet_libraries() -> None:
 def run_train(arguments: argparse.Namespace) -> int:
     """axo-flash train."""
     config = read_config(arguments)
+    from axo_flash.checkpoints import NotPublished
     from axo_flash.train import Interrupted, train
 
     quiet_libraries()
     try:
         train(config)
+    except NotPublished as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return UNPUBLISHED
     except Interrupted as interrupted:
         words = ["axo-flash", "train", arguments.config, *arguments.overrides]
         print(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+REPORT_FILE = "run_report.json"
 INSTALL_PLOT = 'pip install "axo-flash[plot]"'
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 
@@ -69,7 +70,7 @@ class Speed:
 class RunReport:
     """Everything about one run, as plain values; `write` saves it as run_report.json."""
 
-    status: str  # running, finished, interrupted, stopped
+    status: str  # running, finished, interrupted, unpublished
     config: dict[str, Any]
     seed: int
     versions: dict[str, str | None]
@@ -89,12 +90,13 @@ class RunReport:
     resumed_from: str | None = None
     stopped_because: str | None = None
     checkpoint: str | None = None
+    checkpoints: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self, directory: str | Path) -> Path:
         """Save as run_report.json in `directory` (complete or not at all) and return its path."""
-        path = Path(directory) / "run_report.json"
+        path = Path(directory) / REPORT_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = path.with_name(f".{path.name}.{os.getpid()}")
         staging.write_text(json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n", encoding="utf-8")
@@ -168,6 +170,8 @@ def summary(report: RunReport) -> str:
     ]
     if report.eval_loss_before is not None or report.eval_loss_after is not None:
         rows.append(("eval loss", change(report.eval_loss_before, report.eval_loss_after)))
+    if report.checkpoint is not None:
+        rows.append(("checkpoint", checkpoints_line(report)))
     rows += [
         ("speed", speed_line(speed)),
         ("memory", f"{gib(speed.peak_memory_bytes)} peak ({speed.peak_memory_kind})"),
@@ -241,6 +245,18 @@ def steps_line(report: RunReport) -> str:
         line += f", resumed from {report.resumed_from}"
     if report.stopped_because:
         line += f"; {report.stopped_because}"
+    return line
+
+
+def checkpoints_line(report: RunReport) -> str:
+    """The newest checkpoint, and whatever went wrong with others."""
+    facts = report.checkpoints
+    line = report.checkpoint or "none"
+    if facts["never_published"]:
+        steps = ", ".join(f"{step:,}" for step in facts["never_published"])
+        line += f"\nnot published, because a newer one was there when the mount answered: steps {steps}"
+    if facts["not_rotated"]:
+        line += f"\nolder ones could not be removed: {facts['not_rotated']}"
     return line
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +13,13 @@ from transformers import set_seed
 
 from axo_flash import metrics, sampling
 from axo_flash.callbacks import EarlyStopping, LossWatchdog, Meter, StopOnSignal
+from axo_flash.checkpoints import Found, NotPublished, Session
 from axo_flash.config import Config
 from axo_flash.data.dataset import PreparedData, prepare_data
 from axo_flash.demo import prepare as prepare_demo
 from axo_flash.model import LoadedModel, load_model, load_tokenizer
 from axo_flash.report import (
+    REPORT_FILE,
     AttentionFacts,
     RunReport,
     Sample,
@@ -27,9 +30,10 @@ from axo_flash.report import (
     summary,
     versions,
 )
-from axo_flash.trainer import KeepHistory, RunTrainer, checkpoint_to_resume, make_trainer, newest_checkpoint
+from axo_flash.trainer import KeepHistory, RunTrainer, count_steps, make_trainer
 
 Say = Callable[[str], None]
+LOSS_PICTURE = "loss.png"
 
 
 class Interrupted(Exception):
@@ -47,41 +51,58 @@ def train(config: Config, say: Say = print) -> RunReport:
     loss.png. `say` gets the few lines that a person should read; progress goes to stderr.
 
     Raises:
-        ModelError, DataError, DemoError: the run cannot start; the message says what to change.
+        ModelError, DataError, DemoError, CheckpointError: the run cannot start; the message says what to change.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved and the report written.
+        NotPublished: the run ended, but output_dir could not be written to in time; the message says what is where.
     """
     report = new_report(config)
+    with Session(config, say) as checkpoints:
+        run(config, report, checkpoints, say)
+    return report
+
+
+def run(config: Config, report: RunReport, checkpoints: Session, say: Say) -> None:
+    """The run itself, with the lease on output_dir held."""
     phase = Phases(report.seconds)
-    checkpoint = checkpoint_to_resume(config)
+    found = checkpoints.find()
     with contextlib.ExitStack() as demo:
         with phase("demo"):
             demo.enter_context(prepare_demo(config, say))
         with phase("data"):
             tokenizer = load_tokenizer(config)
             data = prepare_data(config, tokenizer)
+    checkpoints.begin(data_fingerprint(data))
     with phase("model"):
         loaded = load_model(config, tokenizer)
     describe_inputs(report, config, loaded, data)
     meter = Meter()
-    trainer = make_trainer(config, loaded, tokenizer, data, meter)
+    trainer = make_trainer(config, loaded, tokenizer, data, meter, checkpoints)
     question = sampling.find_question(data.eval or data.train, tokenizer)
 
     with phase("before"):
-        measure_before(report, trainer, question, resuming=checkpoint is not None)
+        measure_before(report, trainer, question, resuming=found is not None)
     metrics.reset_peak_memory()
-    with phase("training"), StopOnSignal(say) as stop:
-        run_steps(trainer, stop, config.seed, checkpoint)
-    describe_training(report, trainer, meter, checkpoint)
-    if stop.received is None:
-        with phase("after"):
-            measure_after(report, trainer, question)
-        with phase("saving"):
-            trainer.save_model(config.output_dir)
-    report.status = "finished" if stop.received is None else "interrupted"
-    finish(report, config, trainer, loaded, say)
+    with StopOnSignal(say, config.preemption_timeout, checkpoints.last_words) as stop:
+        with phase("training"):
+            run_steps(trainer, stop, config, found, say)
+        stop.training_is_over = True
+        describe_training(report, trainer, meter)
+        report.resumed_from = found.source if found else None
+        if stop.received is None:
+            with phase("after"):
+                measure_after(report, trainer, question)
+            with phase("saving"):
+                trainer.save_model(str(checkpoints.local_output()))
+        with phase("publishing"):
+            deadline = stop.leave_at or time.monotonic() + config.checkpoint_timeout
+            problem = publish(report, trainer, checkpoints, stop, deadline)
+        finish(report, config, trainer, loaded, checkpoints, say)
+        problem = problem or checkpoints.publish_notes(report_files(checkpoints), deadline)
+    if problem is not None:
+        raise problem
+    checkpoints.clear_local_output()
     if stop.received is not None:
         raise Interrupted(report, stop.received)
-    return report
 
 
 class Phases:
@@ -116,12 +137,17 @@ def measure_before(report: RunReport, trainer: RunTrainer, question: sampling.Qu
         report.sample.before = sampling.answer(trainer.model, tokenizer, question)
 
 
-def run_steps(trainer: RunTrainer, stop: StopOnSignal, seed: int, checkpoint: str | None) -> None:
-    """All optimizer steps, or those up to a signal."""
+def run_steps(trainer: RunTrainer, stop: StopOnSignal, config: Config, found: Found | None, say: Say) -> None:
+    """All optimizer steps that the checkpoint leaves, or those up to a signal."""
+    total = count_steps(config, len(trainer.train_dataset))
+    if found is not None and found.manifest.step >= total:
+        say(f"nothing left to train: the checkpoint is of step {found.manifest.step} of {total}")
+        trainer.restore(found.local)
+        return
     trainer.add_callback(KeepHistory(trainer.state.log_history))
     trainer.add_callback(stop)
-    set_seed(seed)  # whatever was drawn before, rows and dropout start alike
-    trainer.train(resume_from_checkpoint=checkpoint)
+    set_seed(config.seed)  # whatever was drawn before, rows and dropout start alike
+    trainer.train(resume_from_checkpoint=str(found.local) if found else None)
 
 
 def measure_after(report: RunReport, trainer: RunTrainer, question: sampling.Question | None) -> None:
@@ -132,12 +158,29 @@ def measure_after(report: RunReport, trainer: RunTrainer, question: sampling.Que
         report.sample.after = sampling.answer(trainer.model, trainer.processing_class, question)
 
 
-def finish(report: RunReport, config: Config, trainer: RunTrainer, loaded: LoadedModel, say: Say) -> None:
+def publish(
+    report: RunReport, trainer: RunTrainer, checkpoints: Session, stop: StopOnSignal, deadline: float
+) -> NotPublished | None:
+    """Wait for the checkpoints and bring the weights to output_dir, until `deadline`; what could not be brought."""
+    problem = checkpoints.settle(deadline)
+    if problem is None and stop.received is None:
+        problem = checkpoints.publish_weights(trainer.state.global_step, deadline)
+    report.status = "finished" if stop.received is None else "interrupted"
+    if problem is not None:
+        report.status, report.stopped_because = "unpublished", str(problem)
+    report.checkpoint, report.checkpoints = checkpoints.newest(), checkpoints.facts()
+    return problem
+
+
+def finish(
+    report: RunReport, config: Config, trainer: RunTrainer, loaded: LoadedModel, checkpoints: Session, say: Say
+) -> None:
     """Write the report and the loss curve, and say what there is."""
     report.history = trainer.state.log_history
     report.attention = attention_facts(config, loaded)
-    written = report.write(config.output_dir)
-    picture = Path(config.output_dir) / "loss.png"
+    directory = checkpoints.local_output()
+    written = report.write(directory)
+    picture = directory / LOSS_PICTURE
     problem = plot_losses(report.history, picture, f"{Path(config.base_model).name}: loss")
     say("")
     if report.sample is not None:
@@ -146,8 +189,24 @@ def finish(report: RunReport, config: Config, trainer: RunTrainer, loaded: Loade
     say("")
     if report.status == "finished":
         say(f"{'adapter' if config.adapter else 'model'} and tokenizer: {config.output_dir}")
-    say(f"report: {written}")
-    say(f"loss curve: {picture}" if problem is None else f"no loss curve: {problem}")
+    place = written.parent if report.status == "unpublished" else Path(config.output_dir)
+    say(f"report: {place / written.name}")
+    say(f"loss curve: {place / picture.name}" if problem is None else f"no loss curve: {problem}")
+
+
+def report_files(checkpoints: Session) -> list[str]:
+    """Names of what `finish` wrote."""
+    names = (REPORT_FILE, LOSS_PICTURE)
+    return [name for name in names if (checkpoints.local_output() / name).exists()]
+
+
+def data_fingerprint(data: PreparedData) -> str:
+    """What decides which rows come in which order: the key of the tokenised set, and how it was split and packed."""
+    digest = hashlib.sha256(Path(data.report.cache_path).name.encode())
+    for rows in (data.train, data.eval):
+        if rows is not None:
+            digest.update(rows.order.tobytes() + rows.borders.tobytes())
+    return digest.hexdigest()[:32]
 
 
 # -------------------------------------------------------------------------------------------------------- the report
@@ -191,7 +250,7 @@ def attention_facts(config: Config, loaded: LoadedModel) -> AttentionFacts:
     return AttentionFacts(config.attn_implementation, patch.layers, patch.backend, patch.reason, patch.calls())
 
 
-def describe_training(report: RunReport, trainer: RunTrainer, meter: Meter, checkpoint: str | None) -> None:
+def describe_training(report: RunReport, trainer: RunTrainer, meter: Meter) -> None:
     """Note how training went: steps, losses, speed, memory, and why it stopped early if it did."""
     state = trainer.state
     losses = [row["loss"] for row in state.log_history if "loss" in row]
@@ -200,7 +259,6 @@ def describe_training(report: RunReport, trainer: RunTrainer, meter: Meter, chec
     report.first_loss, report.last_loss = (losses[0], losses[-1]) if losses else (None, None)
     if evaluations and evaluations[0]["step"] == 0:
         report.eval_loss_before = evaluations[0]["eval_loss"]
-    report.resumed_from, report.checkpoint = checkpoint, newest_checkpoint(trainer.args.output_dir)
     guards = [cb for cb in trainer.callback_handler.callbacks if isinstance(cb, LossWatchdog | EarlyStopping)]
     report.stopped_because = next((guard.stopped_because for guard in guards if guard.stopped_because), None)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -11,10 +10,13 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from axo_flash.callbacks import EarlyStopping, LossWatchdog, Meter, MeteredCollator, Progress
+from axo_flash.checkpoints import Session
 from axo_flash.config import Config
 from axo_flash.data.dataset import PreparedData
 from axo_flash.model import LoadedModel, ModelError, require_bitsandbytes
@@ -30,9 +32,17 @@ class RunTrainer(Trainer):
     unpacked validation rows give one loss (Trainer's is a mean of means); saved weights say ``use_cache: true``.
     """
 
-    def __init__(self, *, meter: Meter, eval_collator: Callable[[list[dict]], dict[str, Any]], **options: Any):
+    def __init__(
+        self,
+        *,
+        meter: Meter,
+        eval_collator: Callable[[list[dict]], dict[str, Any]],
+        checkpoints: Session,
+        **options: Any,
+    ):
         super().__init__(**options)
-        self.meter, self.eval_collator = meter, eval_collator
+        self.meter, self.eval_collator, self.checkpoints = meter, eval_collator, checkpoints
+        self._folder: Path | None = None  # that a checkpoint is being written in
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch, metered."""
@@ -69,8 +79,22 @@ class RunTrainer(Trainer):
         return result
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save to a new local folder; what makes a checkpoint of it goes on beside training."""
         with self.meter.paused():
-            super()._save_checkpoint(*args, **kwargs)
+            self._folder = self.checkpoints.folder()
+            try:
+                super()._save_checkpoint(*args, **kwargs)
+                self.checkpoints.saved(self._folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            finally:
+                self._folder = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._folder is None else str(self._folder)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Weights and history of a checkpoint at the last step: `train` would take one step more from it."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save weights (or the adapter) and tokenizer, with the cache that training switched off switched on."""
@@ -120,20 +144,23 @@ class KeepHistory(TrainerCallback):
             state.log_history.extend(self.history)
 
 
-def make_trainer(config: Config, loaded: LoadedModel, tokenizer: Any, data: PreparedData, meter: Meter) -> RunTrainer:
+def make_trainer(
+    config: Config, loaded: LoadedModel, tokenizer: Any, data: PreparedData, meter: Meter, checkpoints: Session
+) -> RunTrainer:
     """The trainer of a run, with everything that watches it but the signal handler."""
     total_steps = count_steps(config, len(data.train))
     window = getattr(loaded.model.config, "sliding_window", None)
     trainer = RunTrainer(
         meter=meter,
         eval_collator=data.eval_collator,
+        checkpoints=checkpoints,
         model=loaded.model,
         args=training_arguments(config, loaded.dtype, total_steps),
         train_dataset=data.train,
         eval_dataset=data.eval,
         data_collator=MeteredCollator(data.collator, window),
         processing_class=tokenizer,
-        callbacks=[meter, Progress(meter)],
+        callbacks=[meter, Progress(meter, notice=checkpoints.notice)],
     )
     trainer.remove_callback(PrinterCallback)
     if config.loss_watchdog_threshold is not None:
@@ -163,7 +190,7 @@ def training_arguments(config: Config, dtype: torch.dtype, total_steps: int) -> 
     wandb = config.wandb_environment()
     os.environ.update(wandb or {})
     return TrainingArguments(
-        output_dir=config.output_dir,
+        output_dir=config.output_dir,  # Trainer writes nothing there: see RunTrainer._get_output_dir
         seed=config.seed,
         per_device_train_batch_size=config.micro_batch_size,
         per_device_eval_batch_size=config.micro_batch_size,
@@ -191,7 +218,7 @@ def training_arguments(config: Config, dtype: torch.dtype, total_steps: int) -> 
         eval_steps=eval_steps,
         save_strategy=save_strategy,
         save_steps=save_steps or 500,  # not read unless save_strategy is steps
-        save_total_limit=config.save_total_limit,
+        save_total_limit=None,  # axo_flash.checkpoints removes old ones, after a newer one was verified
         remove_unused_columns=False,  # the collator makes the batch; Trainer would drop what it does not know
         disable_tqdm=True,  # axo_flash.callbacks.Progress stands in
         report_to="wandb" if wandb is not None else "none",
@@ -205,38 +232,3 @@ def use_tf32(config: Config) -> bool | None:
     if config.tf32 is True and not available:
         raise ModelError("tf32: true needs an NVIDIA GPU of the Ampere generation or newer; write tf32: auto")
     return bool(config.tf32) if available else None
-
-
-# ---------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def checkpoint_to_resume(config: Config) -> str | None:
-    """The checkpoint directory that a run goes on from, or None to start afresh.
-
-    Raises ModelError if resume_from_checkpoint names none. auto_resume_from_checkpoints takes the newest complete one
-    in output_dir (trainer_state.json is written last), and starts afresh if there is none.
-    """
-    if config.resume_from_checkpoint:
-        if not is_complete(config.resume_from_checkpoint):
-            raise ModelError(
-                f"resume_from_checkpoint: {config.resume_from_checkpoint} holds no complete checkpoint (no readable "
-                f"trainer_state.json); the newest in {config.output_dir} is {newest_checkpoint(config.output_dir)}"
-            )
-        return config.resume_from_checkpoint
-    return newest_checkpoint(config.output_dir) if config.auto_resume_from_checkpoints else None
-
-
-def newest_checkpoint(output_dir: str) -> str | None:
-    """The complete checkpoint-N directory with the largest N in `output_dir`, or None."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    complete = [path for path in found if is_complete(path)]
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
-
-
-def is_complete(checkpoint: str | Path) -> bool:
-    """Whether the file that Trainer writes last is there, whole."""
-    try:
-        json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True

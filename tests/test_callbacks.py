@@ -93,6 +93,31 @@ def test_first_signal_asks_and_the_second_insists():
     assert len(said) == 1
 
 
+def test_the_progress_line_says_what_is_wrong_with_the_checkpoints():
+    notice = []
+    progress = Progress(Meter(), io.StringIO(), notice=lambda: "".join(notice))
+    assert progress.facts() == "0 tokens/s"
+    notice.append("checkpoint 8 only in /tmp/staging")
+    assert progress.facts() == "0 tokens/s, checkpoint 8 only in /tmp/staging"
+
+
+def test_ctrl_c_after_training_ends_at_once():
+    with StopOnSignal([].append) as stop:
+        stop.training_is_over = True
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert stop.received is None
+
+
+def test_sigterm_sets_the_time_to_leave():
+    said = []
+    with StopOnSignal(said.append, leave_within=50) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert 30 < stop.leave_at - time.monotonic() <= 40
+    assert stop.received == signal.SIGTERM
+    assert "within 50 s" in said[0]
+
+
 @pytest.mark.parametrize(
     ("losses", "stops"),
     [([5.0, 5.0], False), ([5.0, 5.0, 5.0], True), ([5.0, 1.0, 5.0], False), ([float("nan")] * 3, True)],

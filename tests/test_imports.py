@@ -20,7 +20,7 @@ FLOORS = [
     ["config"],
     ["data"],
     ["bench", "demo", "sampling", "report"],
-    ["callbacks"],
+    ["callbacks", "checkpoints"],
     ["model"],
     ["trainer"],
     ["train", "check", "doctor"],

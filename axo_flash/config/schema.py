@@ -207,10 +207,17 @@ class Config:
     save_steps: int | float | None = key(values.interval, "Steps between checkpoints, or a fraction of the run.")
     saves_per_epoch: int | None = key(integer(1), "Checkpoints in one epoch.")
     save_total_limit: int = key(integer(1), "Checkpoints kept; the oldest go.", 4)
-    resume_from_checkpoint: str | None = key(values.checkpoint, "Checkpoint directory to go on from.")
+    resume_from_checkpoint: str | bool | None = key(
+        values.checkpoint, "Checkpoint to go on from: its directory, or true for the newest complete one."
+    )
     auto_resume_from_checkpoints: bool = key(
         flag, "Go on from the newest complete checkpoint in output_dir, if any.", False
     )
+    checkpoint_staging_path: str | None = key(
+        file_path, "Local directory where checkpoints for a mounted output_dir are completed first; null chooses."
+    )
+    checkpoint_timeout: float = key(positive, "Seconds that the end of a run waits for a mount that fails.", 900.0)
+    preemption_timeout: float = key(positive, "Seconds after SIGTERM in which the run has saved and left.", 60.0)
     early_stopping_patience: int | None = key(integer(1), "Stop after this many evaluations without a better loss.")
     loss_watchdog_threshold: float | None = key(
         positive, "Stop when the loss stays above this (about twice the first loss)."

@@ -92,11 +92,11 @@ def paths(value: Any) -> list[str]:
     return list_of(file_path)(value) if isinstance(value, list) else [file_path(value)]
 
 
-@check("the path of a checkpoint")
-def checkpoint(value: Any) -> str:
-    """A path; `true` is what the Hugging Face Trainer calls another key."""
-    if value is True:
-        raise wrong(value, "the path of a checkpoint", "for the newest one set auto_resume_from_checkpoints: true")
+@check("the path of a checkpoint, or true")
+def checkpoint(value: Any) -> str | bool | None:
+    """A path; `true` is the newest complete one, and an error if there is none; `false` is null."""
+    if isinstance(value, bool):
+        return value or None
     return file_path(value)
 
 

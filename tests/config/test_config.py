@@ -307,7 +307,7 @@ WRONG = [  # the line, and what the message says after `run.yml:6: `
         "lora_target_modules: '(q_proj'",
         "lora_target_modules: got '(q_proj', expected a list of layer names, or one regular expression; missing )",
     ),
-    ("resume_from_checkpoint: true", "for the newest one set auto_resume_from_checkpoints: true"),
+    ("resume_from_checkpoint: 3", "resume_from_checkpoint: got 3, expected a text; quote it"),
     (
         "save_strategy: best",
         "save_strategy: got 'best', expected one of no, epoch, steps; no best checkpoint is kept; use epoch",
