@@ -155,7 +155,7 @@ def make_trainer(
         eval_collator=data.eval_collator,
         checkpoints=checkpoints,
         model=loaded.model,
-        args=training_arguments(config, loaded.dtype, total_steps),
+        args=training_arguments(config, checkpoints.local_output(), loaded.dtype, total_steps),
         train_dataset=data.train,
         eval_dataset=data.eval,
         data_collator=MeteredCollator(data.collator, window),
@@ -177,9 +177,10 @@ def count_steps(config: Config, rows: int) -> int:
     return config.max_steps or math.ceil(config.num_epochs * steps_per_epoch)
 
 
-def training_arguments(config: Config, dtype: torch.dtype, total_steps: int) -> TrainingArguments:
+def training_arguments(config: Config, local: Path, dtype: torch.dtype, total_steps: int) -> TrainingArguments:
     """Trainer's arguments for the YAML's keys; what depends on the run's length is worked out for `total_steps`.
 
+    `local` is what Trainer knows as output_dir: it makes that directory and lists it, which would touch a mount.
     Raises ModelError for an optimizer whose package is missing and for tf32: true where there is none.
     """
     if any(part in config.optimizer for part in BITSANDBYTES_OPTIMIZERS):
@@ -190,7 +191,7 @@ def training_arguments(config: Config, dtype: torch.dtype, total_steps: int) -> 
     wandb = config.wandb_environment()
     os.environ.update(wandb or {})
     return TrainingArguments(
-        output_dir=config.output_dir,  # Trainer writes nothing there: see RunTrainer._get_output_dir
+        output_dir=str(local),  # Trainer writes nothing there: see RunTrainer._get_output_dir
         seed=config.seed,
         per_device_train_batch_size=config.micro_batch_size,
         per_device_eval_batch_size=config.micro_batch_size,

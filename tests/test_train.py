@@ -233,7 +233,9 @@ ALLOWED_UNREAD = {
 def test_training_arguments(directory, monkeypatch, changes, expected):
     for name in ("WANDB_PROJECT", "WANDB_NAME", "WANDB_MODE"):
         monkeypatch.setenv(name, "set, so that what the run sets is undone")
-    arguments = training_arguments(load_config(write_yaml(directory, **changes)), torch.float32, total_steps=40)
+    arguments = training_arguments(
+        load_config(write_yaml(directory, **changes)), directory, torch.float32, total_steps=40
+    )
     assert {key: getattr(arguments, key) for key in expected} == expected
     assert arguments.remove_unused_columns is False
 
@@ -241,16 +243,16 @@ def test_training_arguments(directory, monkeypatch, changes, expected):
 def test_optimizers_of_bitsandbytes_name_their_package(directory):
     config = load_config(write_yaml(directory, optimizer="adamw_bnb_8bit"))
     if importlib.util.find_spec("bitsandbytes"):
-        assert training_arguments(config, torch.float32, 4).optim == "adamw_bnb_8bit"
+        assert training_arguments(config, directory, torch.float32, 4).optim == "adamw_bnb_8bit"
     else:
         with pytest.raises(UserError, match=r'optimizer: adamw_bnb_8bit needs .* pip install "axo-flash\[qlora\]"'):
-            training_arguments(config, torch.float32, 4)
+            training_arguments(config, directory, torch.float32, 4)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without TF32")
 def test_tf32_where_there_is_none(directory):
     with pytest.raises(UserError, match="tf32: true needs an NVIDIA GPU"):
-        training_arguments(load_config(write_yaml(directory, tf32=True)), torch.float32, 4)
+        training_arguments(load_config(write_yaml(directory, tf32=True)), directory, torch.float32, 4)
 
 
 @pytest.mark.parametrize(("rows", "steps"), [(1, 2), (6, 2), (7, 4), (12, 4), (13, 6)])

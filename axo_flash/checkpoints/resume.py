@@ -148,7 +148,7 @@ def clear_staging(staging: Path) -> None:
 
 
 def remove_empty(staging: Path) -> None:
-    """Remove the folders of saves that hold nothing, and staging itself if nothing is left."""
-    for folder in [*staging.glob("save-*"), staging]:
+    """Remove the folders of saves and of final weights that hold nothing, and staging itself if nothing is left."""
+    for folder in [*staging.glob("save-*"), *staging.glob("output-*"), staging]:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
