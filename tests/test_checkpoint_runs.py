@@ -100,7 +100,8 @@ def test_killed_at_any_moment_and_resumed_is_bit_identical(directory, undisturbe
         verify_local(checkpoint)
 
 
-@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("mounted", [False, True], ids=["local", "mounted"])
 def test_killed_fifty_times(directory, undisturbed, mounted):
     rng = random.Random(50)

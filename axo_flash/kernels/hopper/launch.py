@@ -10,9 +10,10 @@ import torch
 import triton.experimental.gluon.language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from axo_flash.kernels.hopper.backward_kernel import backward_kernel, finish_kernel, prepare_kernel
+from axo_flash.kernels.hopper.backward_kernel import backward_kernel
 from axo_flash.kernels.hopper.forward_kernel import forward_kernel
 from axo_flash.kernels.hopper.schedule import schedule_kernel
+from axo_flash.kernels.hopper.workspace import finish_kernel, prepare_kernel
 from axo_flash.kernels.spec import AttentionSpec
 
 # By head_dim; chosen on an H100, see scripts/bench/NOTES.md.
@@ -83,12 +84,8 @@ def backward(dout, q, k, v, out, lse, *, spec: AttentionSpec, cu_seqlens_q=None,
     block, keys = config["BLOCK_M"], config["BLOCK_N"] // 2
     q, k, v, dout, out = (copyable(x) for x in (q, k, v, dout, out))
     heads, head_dim = spec.num_heads, spec.head_dim
-    if spec.varlen:
-        batch, seqlen = cu_seqlens_q.numel() - 1, q.shape[0]
-        rows = (seqlen // block + batch + 1) * block  # each sequence begins on a multiple of block
-    else:
-        batch, seqlen = q.shape[:2]
-        rows = batch * -(-seqlen // block) * block
+    batch, seqlen = (cu_seqlens_q.numel() - 1, q.shape[0]) if spec.varlen else q.shape[:2]
+    rows = padded_rows(batch, seqlen, block, spec.varlen)
     float32 = dict(dtype=torch.float32, device=q.device)
     s_start, dp_start = torch.empty((2, heads, rows), **float32)
     dq_acc = torch.empty((heads, rows, head_dim), **float32)
@@ -146,6 +143,11 @@ def backward(dout, q, k, v, out, lse, *, spec: AttentionSpec, cu_seqlens_q=None,
         around,
     )
     return dq, dk, dv
+
+
+def padded_rows(batch: int, seqlen: int, block: int, varlen: bool) -> int:
+    """Rows of the workspaces, in which each sequence begins on a multiple of `block` (varlen: `seqlen` of them in all)."""
+    return (seqlen // block + batch + 1) * block if varlen else batch * -(-seqlen // block) * block
 
 
 class Tiles:

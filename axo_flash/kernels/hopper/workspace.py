@@ -1,0 +1,94 @@
+"""What the backward kernel works in, prepared before it and read out after it: plain Triton, as both are bound by memory.
+
+In the workspaces, (heads, padded rows), every sequence begins on a multiple of ALIGN rows: no block holds rows of two.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _owner(row, cu_seqlens, batch, total, BLOCK: tl.constexpr):
+    """Varlen: which sequence a row of the workspaces belongs to, its first row there and in q, and its length. What lies
+    behind the last document is one more sequence."""
+    owners = 0
+    for first in range(0, batch + 1, 128):
+        i = first + tl.arange(0, 128)
+        starts = tl.load(cu_seqlens + i, mask=i <= batch, other=0)
+        owners += tl.sum(((i <= batch) & ((starts // BLOCK + i) * BLOCK <= row)).to(tl.int32), 0)
+    sequence = owners - 1
+    start = tl.load(cu_seqlens + sequence)
+    end = tl.load(cu_seqlens + sequence + 1, mask=sequence < batch, other=total)
+    return sequence, (start // BLOCK + sequence) * BLOCK, start, end - start
+
+
+@triton.jit(
+    do_not_specialize=["stride_ob", "stride_om", "stride_oh", "stride_db", "stride_dm", "stride_dh", "num_heads", "batch",
+                       "seqlen", "padded_rows"],
+    do_not_specialize_on_alignment=["cu_seqlens", "dlse", "lse"],
+)
+def prepare_kernel(out, dout, lse, dlse, s_start, dp_start, dq_acc, cu_seqlens, stride_ob, stride_om, stride_oh, stride_db,
+                   stride_dm, stride_dh, num_heads, batch, seqlen, padded_rows, inverse_scale,
+                   HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, VARLEN: tl.constexpr,
+                   HAS_DLSE: tl.constexpr):
+    """What the sums of S and of dP start from, at its place in the workspaces: -lse / softmax_scale and -delta, with
+    delta = out . dout - dlse; and zeros in dq_acc. A row that is nobody's, or sees nothing, starts from -inf: its P is 0.
+    Strides are in units of 8 elements. grid: (padded_rows // BLOCK, heads)"""
+    first = tl.program_id(0) * BLOCK
+    head = tl.program_id(1).to(tl.int64)
+    if VARLEN:
+        sequence, padded, start, length = _owner(first, cu_seqlens, batch, seqlen, ALIGN)
+        o_base = out + (start.to(tl.int64) * stride_om + head * stride_oh) * 8
+        do_base = dout + (start.to(tl.int64) * stride_dm + head * stride_dh) * 8
+        stats = head * seqlen + start
+        hidden = sequence == batch
+    else:
+        each = tl.cdiv(seqlen, ALIGN) * ALIGN
+        sequence = (first // each).to(tl.int64)
+        padded = first // each * each
+        length = seqlen
+        o_base = out + (sequence * stride_ob + head * stride_oh) * 8
+        do_base = dout + (sequence * stride_db + head * stride_dh) * 8
+        stats = (sequence * num_heads + head) * seqlen
+        hidden = False
+    rows = first - padded + tl.arange(0, BLOCK)
+    dims = tl.arange(0, HEAD_DIM)
+    real = (rows < length) & (not hidden)
+    tile = rows.to(tl.int64)[:, None]
+    o = tl.load(o_base + tile * stride_om * 8 + dims[None, :], mask=real[:, None], other=0.0).to(tl.float32)
+    do = tl.load(do_base + tile * stride_dm * 8 + dims[None, :], mask=real[:, None], other=0.0).to(tl.float32)
+    value = tl.sum(o * do, 1)
+    if HAS_DLSE:
+        value -= tl.load(dlse + stats + rows, mask=real, other=0.0)
+    row_lse = tl.load(lse + stats + rows, mask=real, other=float("-inf"))
+    where = head * padded_rows + first + tl.arange(0, BLOCK)
+    tl.store(s_start + where, tl.where(row_lse == float("-inf"), float("-inf"), -row_lse * inverse_scale))
+    tl.store(dp_start + where, -value)
+    tl.store(dq_acc + where[:, None] * HEAD_DIM + dims[None, :], tl.zeros([BLOCK, HEAD_DIM], tl.float32))
+
+
+@triton.jit(
+    do_not_specialize=["stride_b", "stride_m", "stride_h", "batch", "seqlen", "padded_rows"],
+    do_not_specialize_on_alignment=["cu_seqlens"],
+)
+def finish_kernel(dq_acc, dq, cu_seqlens, stride_b, stride_m, stride_h, batch, seqlen, padded_rows, scale,
+                  HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, VARLEN: tl.constexpr):
+    """dq = scale * dq_acc, rounded. grid: (padded_rows // BLOCK, heads), last first: their sums are still in the cache.
+    Strides are in units of 8 elements."""
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK
+    head = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)
+    if VARLEN:
+        _, padded, start, length = _owner(first, cu_seqlens, batch, seqlen, ALIGN)
+        base = dq + (start.to(tl.int64) * stride_m + head * stride_h) * 8
+    else:
+        each = tl.cdiv(seqlen, ALIGN) * ALIGN
+        padded = first // each * each
+        length = seqlen
+        base = dq + ((first // each).to(tl.int64) * stride_b + head * stride_h) * 8
+    rows = first - padded + tl.arange(0, BLOCK)
+    dims = tl.arange(0, HEAD_DIM)
+    where = head * padded_rows + first + tl.arange(0, BLOCK)
+    real = rows < length
+    x = tl.load(dq_acc + where[:, None] * HEAD_DIM + dims[None, :], mask=real[:, None], other=0.0)
+    where = base + rows.to(tl.int64)[:, None] * stride_m * 8 + dims[None, :]
+    tl.store(where, (x * scale).to(dq.dtype.element_ty), mask=real[:, None])
