@@ -1,7 +1,7 @@
 """Attention against its peers on this GPU: the same inputs, one run, medians, as TFLOP/s and as ratios.
 
-A backend is timed only after it was held against the fp32 reference. FLOPs are 4 * batch * heads * seqlen^2 * head_dim
-forward, half of that causal, and 2.5 times as many backward.
+A backend is timed only after it was held against the fp32 reference. FLOPs are 4 * heads * head_dim for each pair of a query
+and a key that it sees (causal: half of seqlen^2), and 2.5 times as many backward.
 """
 
 from __future__ import annotations
@@ -9,25 +9,23 @@ from __future__ import annotations
 import csv
 import datetime
 import math
+import random
 import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
 from axo_flash.errors import UserError
-from axo_flash.kernels.backends import choose_backend
-from axo_flash.kernels.spec import AttentionSpec
-from axo_flash.ops import flash_attn_func
+from axo_flash.peers import OURS, Call, Unsupported, peers, reference
 
-OURS = ("hopper", "triton")  # best first: ratios are of the first that was timed
 QUEUE_CYCLES = 2_000_000  # about a millisecond: what the GPU waits before each timed call
 
 
 @dataclass(frozen=True)
 class BenchCase:
-    """A dense bf16 attention call to time."""
+    """A bf16 attention call to time: `batch` rows of `seqlen` tokens; or, with `documents`, their lengths in one row."""
 
     head_dim: int
     causal: bool
@@ -35,11 +33,43 @@ class BenchCase:
     seqlen: int
     heads: int
     kv_heads: int
+    window: int = -1
+    documents: tuple[int, ...] = ()
+
+    @property
+    def mask(self) -> str:
+        """Its name in the table."""
+        if self.documents:
+            return f"{len(self.documents)} documents"
+        if self.window >= 0:
+            return f"window {self.window + 1}"
+        return "causal" if self.causal else "full"
 
     @property
     def flops(self) -> float:
         """Of one forward."""
-        return 4 * self.batch * self.heads * self.seqlen**2 * self.head_dim * (0.5 if self.causal else 1.0)
+        lengths = self.documents or (self.seqlen,) * self.batch
+        return 4 * self.heads * self.head_dim * sum(self._pairs(n) for n in lengths)
+
+    def _pairs(self, n: int) -> float:
+        if self.window >= 0:
+            hidden = max(n - self.window - 1, 0)
+            return n * (n + 1) / 2 - hidden * (hidden + 1) / 2
+        return n * n * (0.5 if self.causal else 1.0)
+
+    def inputs(self):
+        """q, k, v (which want gradients), dout, and the Call."""
+        rows = (sum(self.documents),) if self.documents else (self.batch, self.seqlen)
+
+        def normal(heads):
+            return torch.randn(*rows, heads, self.head_dim, device="cuda", dtype=torch.bfloat16)
+
+        q, k, v = (normal(heads).requires_grad_() for heads in (self.heads, self.kv_heads, self.kv_heads))
+        call = Call(self.causal, self.window)
+        if self.documents:
+            ends = torch.tensor((0, *self.documents)).cumsum(0).to("cuda", torch.int32)
+            call = replace(call, cu_seqlens=ends, max_seqlen=max(self.documents))
+        return q, k, v, normal(self.heads), call
 
 
 @dataclass(frozen=True)
@@ -73,58 +103,29 @@ def dense_cases(seqlens=(4096, 8192, 16384), head_dims=(128, 64), tokens=16384) 
     ]
 
 
-def peers() -> dict[str, Callable]:
-    """What this PyTorch can compute attention with, as functions of (q, k, v, causal) in our layout."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def sdpa(backend):
-        def run(q, k, v, causal):
-            with sdpa_kernel(backend):
-                q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-                return torch.nn.functional.scaled_dot_product_attention(
-                    q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-                ).transpose(1, 2)
-
-        return run
-
-    def ours(backend):
-        return lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal, backend=backend)
-
-    device = torch.device("cuda", torch.cuda.current_device())
-    spec = AttentionSpec(16, 16, 128, "bfloat16", softmax_scale=128**-0.5)
-    served = [name for name in OURS if _serves(spec, device, name)]
-    return {name: ours(name) for name in served} | {
-        "fa2": sdpa(SDPBackend.FLASH_ATTENTION),
-        "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
-        "flex": _flex(),
-    }
+def model_cases() -> list[BenchCase]:
+    """What Llama-2-7B and Mistral-7B call in training, the latter with and without v0.1's window of 4096 tokens."""
+    llama = BenchCase(128, True, 4, 4096, 32, 32)
+    mistral = BenchCase(128, True, 2, 8192, 32, 8)
+    return [llama, mistral, replace(mistral, window=4095)]
 
 
-def _serves(spec: AttentionSpec, device: torch.device, name: str) -> bool:
-    try:
-        return choose_backend(spec, device, name).name == name
-    except ValueError:  # not on this GPU, for a reason that `axo-flash doctor` states
-        return False
+def packed_cases(tokens=16384) -> list[BenchCase]:
+    """Documents packed into one row: lengths as of a mixed set, of short chats, and of long texts."""
+    return [
+        BenchCase(128, True, 1, tokens, 32, kv_heads, documents=documents(tokens, *mix))
+        for mix in ((11, 365, 1.0, 16, 4096), (1, 150, 0.7, 8, 2048), (3, 2500, 0.8, 64, 8192))
+        for kv_heads in (32, 8)
+    ]
 
 
-def _flex():
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-    compiled = torch.compile(flex_attention, dynamic=False)
-    masks = {}
-
-    def run(q, k, v, causal):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        mask = None
-        if causal:
-            key = q.shape[2], k.shape[2]
-            if key not in masks:
-                masks[key] = create_block_mask(lambda b, h, i, j: i >= j, None, None, *key, device=q.device)
-            mask = masks[key]
-        return compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
-
-    return run
+def documents(tokens: int, seed: int, median: float, spread: float, shortest: int, longest: int) -> tuple[int, ...]:
+    """Lengths that sum to `tokens`, drawn from a lognormal distribution."""
+    draw, lengths = random.Random(seed), []
+    while sum(lengths) < tokens:
+        lengths.append(max(shortest, min(longest, int(draw.lognormvariate(math.log(median), spread)))))
+    lengths[-1] -= sum(lengths) - tokens
+    return tuple(lengths)
 
 
 def verify(run: Callable, case: BenchCase, tolerance: float = 0.02) -> float:
@@ -133,11 +134,13 @@ def verify(run: Callable, case: BenchCase, tolerance: float = 0.02) -> float:
     Raises:
         RuntimeError: it is over `tolerance`: such a backend is not timed.
     """
-    small = BenchCase(case.head_dim, case.causal, 1, 512, case.heads, case.kv_heads)
-    q, k, v, dout = _inputs(small)
+    small = replace(
+        case, batch=1, seqlen=512, window=min(case.window, 200), documents=(130, 375, 7) * bool(case.documents)
+    )
+    q, k, v, dout, call = small.inputs()
     results = []
-    for function in (run, lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal, backend="reference")):
-        out = function(q, k, v, case.causal)
+    for function in (run, reference):
+        out = function(q, k, v, call)
         results.append((out, *torch.autograd.grad(out, (q, k, v), dout)))
     error = max(((a - b).float().norm() / b.float().norm()).item() for a, b in zip(*results, strict=True))
     if not error < tolerance:
@@ -145,25 +148,17 @@ def verify(run: Callable, case: BenchCase, tolerance: float = 0.02) -> float:
     return error
 
 
-def _inputs(case: BenchCase):
-    def random(heads):
-        return torch.randn(case.batch, case.seqlen, heads, case.head_dim, device="cuda", dtype=torch.bfloat16)
-
-    q, k, v = (random(heads).requires_grad_() for heads in (case.heads, case.kv_heads, case.kv_heads))
-    return q, k, v, random(case.heads)
-
-
 def measure(backends: dict[str, Callable], case: BenchCase, rounds: int = 3) -> dict[str, dict[str, float]]:
     """Median milliseconds of {"fwd", "bwd"} of each backend. They take turns, so that all of them meet the same clocks:
     a GPU that has just compiled for somebody is cool, and fast for a while."""
     time = _GpuTimer(case)
-    q, k, v, dout = _inputs(case)
-    outs = {name: run(q, k, v, case.causal) for name, run in backends.items()}
+    q, k, v, dout, call = case.inputs()
+    outs = {name: run(q, k, v, call) for name, run in backends.items()}
     times = {name: {"fwd": [], "bwd": []} for name in backends}
     for _ in range(rounds):
         for name, run in backends.items():
             with torch.no_grad():
-                times[name]["fwd"].append(time(lambda run=run: run(q, k, v, case.causal)))
+                times[name]["fwd"].append(time(lambda run=run: run(q, k, v, call)))
             out = outs[name]
             times[name]["bwd"].append(
                 time(lambda out=out: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True))
@@ -176,7 +171,7 @@ class _GpuTimer:
     call behind it; and the cache holds nothing of the call before."""
 
     def __init__(self, case: BenchCase):
-        self.repeats = max(5, min(30, int(3e13 / case.flops)))
+        self.repeats = max(5, min(30, int(1e13 / case.flops)))
         self.flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
 
     def __call__(self, function: Callable) -> float:
@@ -195,11 +190,15 @@ class _GpuTimer:
         return statistics.median(times)
 
 
-def bench(cases: list[BenchCase], *, commit: str = "", say: Callable = print) -> list[Result]:
-    """Time every backend on every case; a peer that this PyTorch or GPU lacks is named and left out.
+def bench(
+    cases: list[BenchCase], *, backends: Iterable[str] | None = None, commit: str = "", say: Callable = print
+) -> list[Result]:
+    """Time every backend, or those named, on every case; a peer that lacks a case, or is wrong in it, is named and left
+    out of it.
 
     Raises:
-        UserError: no CUDA GPU here.
+        UserError: no CUDA GPU here, or a backend that is not to be had.
+        RuntimeError: a backend of ours is wrong.
     """
     if not torch.cuda.is_available():
         raise UserError("bench: needs a CUDA GPU, and PyTorch sees none here")
@@ -212,26 +211,38 @@ def bench(cases: list[BenchCase], *, commit: str = "", say: Callable = print) ->
         "commit": commit,
         "date": datetime.date.today().isoformat(),
     }
-    results, backends = [], peers()
+    available = peers()
+    if unknown := set(backends or ()) - set(available):
+        raise UserError(f"bench: no {', '.join(sorted(unknown))} here; to be had: {', '.join(available)}")
+    chosen = {name: run for name, run in available.items() if backends is None or name in set(backends)}
+    results = []
     for case in cases:
-        for name in list(backends):
-            try:
-                verify(backends[name], case)
-            except RuntimeError as error:
-                if name in OURS:
-                    raise
-                say(f"{name} left out from here on: {str(error).splitlines()[0]}")
-                del backends[name]
+        label = f"head_dim {case.head_dim} {case.mask} {case.batch} x {case.seqlen} heads {case.heads}/{case.kv_heads}"
         line = []
-        mask = "causal" if case.causal else "full"
-        for name, times in measure(backends, case).items():
+        for name, times in measure(_able(chosen, case, label, say), case).items():
             for pass_, ms in times.items():
                 tflops = case.flops * (1.0 if pass_ == "fwd" else 2.5) / ms * 1e-9
-                shape = case.head_dim, mask, case.batch, case.seqlen, case.heads, case.kv_heads
+                shape = case.head_dim, case.mask, case.batch, case.seqlen, case.heads, case.kv_heads
                 results.append(Result(name, pass_, *shape, round(ms, 4), round(tflops, 1), **stamp))
             line.append(f"{name} {results[-2].tflops:.0f}/{results[-1].tflops:.0f}")
-        say(f"head_dim {case.head_dim} {mask:6} {case.batch} x {case.seqlen}: {', '.join(line)}")
+        say(f"{label}: {', '.join(line)}")
     return results
+
+
+def _able(backends, case, label, say) -> dict[str, Callable]:
+    """Those backends that compute the case, and rightly."""
+    able = {}
+    for name, run in backends.items():
+        try:
+            verify(run, case)
+            able[name] = run
+        except Unsupported:
+            pass  # its cell in the table is a dash
+        except RuntimeError as error:
+            if name in OURS:
+                raise
+            say(f"{label}: {name} left out: {str(error).splitlines()[0]}")
+    return able
 
 
 def table(results: list[Result]) -> str:
@@ -239,38 +250,41 @@ def table(results: list[Result]) -> str:
     names = list(dict.fromkeys(r.backend for r in results))
     ours = next(name for name in OURS if name in names)
     others = [name for name in names if name != ours]
-    lines = [
-        "| head_dim | mask | batch x seqlen | "
-        + " | ".join(names)
-        + " | "
-        + " | ".join(f"against {n}" for n in others)
-        + " |",
-        "|---" * (3 + len(names) + len(others)) + "|",
-    ]
-    for key, rows in _by_case(results).items():
+    head = ["head_dim", "heads", "mask", "batch x seqlen", *names, *(f"against {n}" for n in others)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for (head_dim, mask, batch, seqlen, heads, kv_heads), rows in _by_case(results).items():
         cells = [f"{r['fwd'].tflops:.0f} / {r['bwd'].tflops:.0f}" if (r := rows.get(n)) else "-" for n in names]
         ratios = [f"{_ratio(rows, ours, n):.2f}x" if n in rows else "-" for n in others]
-        lines.append(f"| {key[0]} | {key[1]} | {key[2]} x {key[3]} | " + " | ".join(cells + ratios) + " |")
-    means = []
-    for name in others:
-        ratios = [_ratio(rows, ours, name) for rows in _by_case(results).values() if name in rows]
-        means.append(f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}x")
-    lines.append("| | | geometric mean |" + " |" * len(names) + " " + " | ".join(means) + " |")
+        shape = [
+            f"{head_dim}",
+            f"{heads}" if heads == kv_heads else f"{heads} / {kv_heads}",
+            mask,
+            f"{batch} x {seqlen}",
+        ]
+        lines.append("| " + " | ".join(shape + cells + ratios) + " |")
+    for label, passes in (("forward", ("fwd",)), ("backward", ("bwd",)), ("both", ("fwd", "bwd"))):
+        means = [f"{_mean_ratio(results, ours, name, passes):.2f}x" for name in others]
+        lines.append("| | | geometric mean | " + label + " |" + " |" * len(names) + " " + " | ".join(means) + " |")
     return "\n".join(lines)
 
 
 def _by_case(results):
     cases = {}
     for r in results:
-        key = r.head_dim, r.mask, r.batch, r.seqlen
+        key = r.head_dim, r.mask, r.batch, r.seqlen, r.heads, r.kv_heads
         cases.setdefault(key, {}).setdefault(r.backend, {})[r.pass_] = r
     return cases
 
 
-def _ratio(rows, ours, name) -> float:
-    """How many times faster than `name` we are, forward plus backward."""
-    mine, theirs = (rows[n]["fwd"].ms + rows[n]["bwd"].ms for n in (ours, name))
+def _ratio(rows, ours, name, passes=("fwd", "bwd")) -> float:
+    """How many times faster than `name` we are, by default forward plus backward."""
+    mine, theirs = (sum(rows[n][pass_].ms for pass_ in passes) for n in (ours, name))
     return theirs / mine
+
+
+def _mean_ratio(results, ours, name, passes) -> float:
+    ratios = [_ratio(rows, ours, name, passes) for rows in _by_case(results).values() if name in rows]
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
 def write_csv(results: list[Result], path: Path) -> None:
@@ -291,7 +305,7 @@ def read_csv(path: Path) -> list[Result]:
 
 
 def plot(results: list[Result], path: Path) -> None:
-    """Bars of forward plus backward TFLOP/s, a panel a (head_dim, mask).
+    """Bars of forward plus backward TFLOP/s: a panel a (head_dim, mask) of the dense cases, and one for all others.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -304,17 +318,19 @@ def plot(results: list[Result], path: Path) -> None:
     except ModuleNotFoundError as error:
         raise UserError('the plot needs matplotlib: pip install "axo-flash[plot]"') from error
     cases = _by_case(results)
-    panels = list(dict.fromkeys(key[:2] for key in cases))
+    panels = list(dict.fromkeys(map(_panel, cases)))
     names = list(dict.fromkeys(r.backend for r in results))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.4), sharey=True, squeeze=False)
+    widths = [max(3, sum(_panel(key) == panel for key in cases)) for panel in panels]
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(sum(widths), 3.6), sharey=True, squeeze=False, width_ratios=widths
+    )
     for axis, panel in zip(axes[0], panels, strict=True):
-        shown = [key for key in cases if key[:2] == panel]
+        shown = [key for key in cases if _panel(key) == panel]
         for i, name in enumerate(names):
             heights = [_tflops(cases[key].get(name)) for key in shown]
             axis.bar([x + i * 0.8 / len(names) for x in range(len(shown))], heights, 0.8 / len(names), label=name)
-        axis.set_xticks([x + 0.3 for x in range(len(shown))], [f"{key[3]}" for key in shown])
-        axis.set_title(f"head_dim {panel[0]}, {panel[1]}", fontsize=10)
-        axis.set_xlabel("seqlen")
+        axis.set_xticks([x + 0.4 for x in range(len(shown))], [_label(key) for key in shown], fontsize=8)
+        axis.set_title(panel, fontsize=10)
     axes[0][0].set_ylabel("forward + backward, TFLOP/s")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(names), fontsize=9, frameon=False)
@@ -322,6 +338,19 @@ def plot(results: list[Result], path: Path) -> None:
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _panel(key) -> str:
+    head_dim, mask, *_, heads, _ = key
+    dense = mask in ("causal", "full") and heads * head_dim == 2048
+    return f"head_dim {head_dim}, {mask}" if dense else "models and packed documents"
+
+
+def _label(key) -> str:
+    _, mask, _, seqlen, heads, kv_heads = key
+    if _panel(key).startswith("head_dim"):
+        return f"{seqlen}"
+    return f"{mask}\n" + (f"{seqlen}\n" if "documents" not in mask else "") + f"{heads}/{kv_heads} heads"
 
 
 def _tflops(rows) -> float:

@@ -153,8 +153,13 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     """What to time and where to leave it."""
-    parser.add_argument("--head-dim", type=int, nargs="+", default=[128, 64], help="default: 128 64")
-    parser.add_argument("--seqlen", type=int, nargs="+", default=[4096, 16384], help="default: 4096 16384")
+    cases = ("dense", "models", "packed")
+    parser.add_argument("--cases", nargs="+", choices=cases, default=["dense", "packed"], help="default: dense packed")
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[128, 64], help="of dense cases; default: 128 64")
+    parser.add_argument(
+        "--seqlen", type=int, nargs="+", default=[4096, 16384], help="of dense cases; default: 4096 16384"
+    )
+    parser.add_argument("--backends", nargs="+", metavar="NAME", help="default: all that are to be had")
     parser.add_argument("--csv", metavar="FILE", help="also write every figure there")
     parser.add_argument("--plot", metavar="FILE.png", help="also draw it (needs matplotlib)")
 
@@ -165,9 +170,14 @@ def run_bench(arguments: argparse.Namespace) -> int:
 
     from axo_flash import bench
 
-    results = bench.bench(
-        bench.dense_cases(arguments.seqlen, arguments.head_dim), say=lambda s: print(s, file=sys.stderr)
-    )
+    cases = []
+    if "dense" in arguments.cases:
+        cases += bench.dense_cases(arguments.seqlen, arguments.head_dim)
+    if "models" in arguments.cases:
+        cases += bench.model_cases()
+    if "packed" in arguments.cases:
+        cases += bench.packed_cases()
+    results = bench.bench(cases, backends=arguments.backends, say=lambda s: print(s, file=sys.stderr))
     print(bench.table(results))
     if arguments.csv:
         bench.write_csv(results, Path(arguments.csv))
@@ -213,11 +223,11 @@ COMMANDS = (
     ),
     Command(
         "bench",
-        "time the attention kernel against PyTorch's own on this GPU",
+        "time the attention kernels against others on this GPU",
         """
-        bf16, forward and backward, causal and full, against SDPA's FlashAttention-2 and cuDNN and compiled FlexAttention,
-        each held against the fp32 reference first. Prints TFLOP/s forward / backward and how many times faster the
-        kernel is. Takes one to five minutes, most of it compilation.
+        bf16, forward and backward, dense and packed, against SDPA's FlashAttention-2 and cuDNN, compiled FlexAttention, and
+        FlashAttention-3 where it is installed, each held against the fp32 reference first. Prints TFLOP/s forward /
+        backward and how many times faster the kernel is. Takes some minutes, most of it FlexAttention's compilation.
         """,
         "axo-flash bench --seqlen 4096 --plot bench.png",
         add_bench_arguments,

@@ -28,28 +28,30 @@ from axo_flash.kernels.hopper.forward_kernel import forward_kernel
 ALIGNED = [["tt.divisibility", 16]]
 # what Llama-2 and Mistral train with, plain and packed; then everything on at once
 MASKS = [
-    dict(causal=True, window=False, varlen=False, group=1),
-    dict(causal=False, window=False, varlen=False, group=1),
-    dict(causal=True, window=True, varlen=False, group=4),
-    dict(causal=True, window=False, varlen=True, group=1),
-    dict(causal=True, window=True, varlen=True, group=4),
-    dict(causal=False, window=True, varlen=True, group=1),
+    dict(causal=True, window=False, varlen=False),
+    dict(causal=False, window=False, varlen=False),
+    dict(causal=True, window=True, varlen=False),
+    dict(causal=True, window=False, varlen=True),
+    dict(causal=True, window=True, varlen=True),
+    dict(causal=False, window=True, varlen=True),
 ]
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def configurations(name: str, head_dim: int):
-    """(constants of the kernel, dtype) for each mask; the backward kernel also in its deterministic form."""
-    for mask, deterministic in itertools.product(MASKS, (False, True) if name == "backward" else (False,)):
-        if deterministic and mask not in (MASKS[0], MASKS[4]):
+    """(constants of the kernel) for each mask; the forward kernel also as it is for short sequences, the backward kernel also
+    in its deterministic form."""
+    config = launch.FORWARD[head_dim] if name == "forward" else launch.BACKWARD[head_dim]
+    for mask, variant in itertools.product(MASKS, (False, True)):
+        if variant and mask not in (MASKS[0], MASKS[-2]):
             continue
-        shared = dict(
-            GROUP=mask["group"], D=head_dim, VARLEN=mask["varlen"], HAS_LEFT=mask["window"], HAS_RIGHT=mask["causal"]
-        )
-        if name == "forward":
-            yield shared | launch.FORWARD[head_dim]
-        else:
-            yield shared | launch.BACKWARD[head_dim] | dict(DETERMINISTIC=deterministic)
+        constants = dict(D=head_dim, VARLEN=mask["varlen"], HAS_LEFT=mask["window"], HAS_RIGHT=mask["causal"]) | config
+        if name == "backward":
+            yield constants | dict(DETERMINISTIC=variant)
+        elif not variant:
+            yield constants
+        elif config["SCORES_FIRST"]:
+            yield constants | dict(SCORES_FIRST=False)
 
 
 def descriptor(box: list[int], dtype: str) -> str:
@@ -67,15 +69,15 @@ def compile_kernel(name: str, constants: dict, dtype: str):
     rows = constants.get("BLOCK_M", 64)
     boxes = {n: ([*outer, rows, constants["D"]], dtype) for n in ("q_desc", "do_desc", "o_desc")}
     boxes |= {n: ([*outer, keys, constants["D"]], dtype) for n in ("k_desc", "v_desc", "dk_desc", "dv_desc")}
-    boxes |= {n: ([1, rows], "fp32") for n in ("s_start_desc", "dp_start_desc")} | {"dq_desc": ([1, 64, 64], "fp32")}
+    boxes |= {n: ([1, rows], "fp32") for n in ("lse_desc", "dp_start_desc")}
     signature, attributes = {}, {}
     for i, arg in enumerate(kernel.arg_names):
         if arg in constants:
             signature[arg] = "constexpr"
         elif arg in boxes:
             signature[arg] = descriptor(*boxes[arg])
-        elif arg in ("lse", "schedule", "counter", "turns"):
-            signature[arg] = "*fp32" if arg == "lse" else "*i32"
+        elif arg in ("lse", "dq_acc", "schedule", "counter", "turns"):
+            signature[arg] = "*fp32" if arg in ("lse", "dq_acc") else "*i32"
             attributes[(i,)] = ALIGNED
         else:
             signature[arg] = "fp32" if arg.startswith("scale") else "i32"

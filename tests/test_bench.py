@@ -24,8 +24,9 @@ def results():
 
 def test_ratios_are_of_forward_plus_backward():
     lines = bench.table(results()).splitlines()
-    assert lines[2] == "| 64 | causal | 1 x 4096 | 100 / 100 | 100 / 100 | 1.50x |"
-    assert lines[-1].endswith("| 1.50x |")
+    assert lines[2] == "| 64 | 32 | causal | 1 x 4096 | 100 / 100 | 100 / 100 | 1.50x |"
+    assert [line.split("|")[-2].strip() for line in lines[-3:]] == ["2.00x", "1.33x", "1.50x"]
+    assert [line.split("|")[4].strip() for line in lines[-3:]] == ["forward", "backward", "both"]
     assert len({line.count("|") for line in lines}) == 1
 
 
@@ -40,12 +41,26 @@ def test_ratios_are_of_the_best_of_ours():
 def test_a_peer_that_was_left_out_leaves_a_dash():
     rows = [r for r in results() if (r.backend, r.mask) != ("fa2", "full")]
     lines = bench.table(rows).splitlines()
-    assert lines[3] == "| 64 | full | 1 x 4096 | 100 / 100 | - | - |" and lines[-1].endswith("| 1.50x |")
+    assert lines[3] == "| 64 | 32 | full | 1 x 4096 | 100 / 100 | - | - |" and lines[-1].endswith("| 1.50x |")
 
 
 def test_flops_are_half_when_causal():
     full = bench.BenchCase(128, False, 2, 1024, 16, 16)
     assert full.flops == 4 * 2 * 16 * 1024**2 * 128 == 2 * replace(full, causal=True).flops
+
+
+def test_flops_are_those_of_the_pairs_that_are_seen():
+    n, window = 50, 7
+    pairs = sum(i - window <= j <= i for i in range(n) for j in range(n))
+    assert bench.BenchCase(64, True, 3, n, 2, 1, window).flops == 4 * 64 * 2 * 3 * pairs
+    packed = bench.BenchCase(64, True, 1, 60, 2, 1, documents=(10, 20, 30))
+    assert packed.flops == 4 * 64 * 2 * (10**2 + 20**2 + 30**2) / 2
+
+
+def test_packed_cases_fill_their_row():
+    cases = bench.packed_cases()
+    assert all(sum(case.documents) == case.seqlen == 16384 and min(case.documents) > 0 for case in cases)
+    assert [case.mask for case in cases[::2]] == ["28 documents", "92 documents", "6 documents"]
 
 
 def test_csv_and_back(tmp_path):
@@ -60,13 +75,34 @@ def test_csv_and_back(tmp_path):
 
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
-    bench.plot(results(), tmp_path / "x.png")
+    bench.plot(results() + packed_results(), tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_readme_shows_the_stored_results():
     readme = (STORED.parents[3] / "README.md").read_text()
     assert bench.table(bench.read_csv(STORED)) in readme
+
+
+def packed_results():
+    return [
+        replace(r, mask=case.mask, batch=case.batch, seqlen=case.seqlen, heads=case.heads, kv_heads=case.kv_heads)
+        for r in results()[:2]
+        for case in (*bench.model_cases(), *bench.packed_cases())
+    ]
+
+
+def test_every_case_has_a_line_of_its_own():
+    lines = bench.table(results() + packed_results()).splitlines()
+    assert len(lines) == 2 + 2 + 9 + 3 and "| 64 | 32 / 8 | window 4096 | 2 x 8192 | 100 / 100 | - | - |" in lines
+
+
+def test_a_backend_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    monkeypatch.setattr(bench, "peers", lambda: {"triton": None, "fa2": None})
+    with pytest.raises(bench.UserError, match="no fa3 here; to be had: triton, fa2"):
+        bench.bench([], backends=["triton", "fa3"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

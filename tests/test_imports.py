@@ -14,7 +14,7 @@ FLOORS = [
     ["kernels.reference", "kernels.triton", "kernels.hopper", "mount_helper"],
     ["kernels.backends", "mount_io"],
     ["ops", "varlen"],
-    ["layout"],
+    ["layout", "peers"],
     ["attention"],
     ["patch"],
     ["config"],

@@ -1,20 +1,25 @@
-"""The attention benchmark whose figures the README shows: every dense case, into results/attention_<gpu>.csv and .png.
+"""The attention benchmark whose figures the README shows: every case, into results/attention_<gpu>.csv and .png.
 
-python scripts/bench/attention.py [--commit $(git rev-parse --short HEAD)] [--out scripts/bench/results]
+python scripts/bench/attention.py [--commit $(git rev-parse --short HEAD)] [--fa3 DIR] [--backends hopper triton fa3 ...]
 python scripts/bench/attention.py --table scripts/bench/results/attention_h100.csv
+
+--fa3: where `python scripts/bench/fa3.py DIR` has put FlashAttention-3, if its own package is not installed.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
+from fa3 import load
 
-from axo_flash.bench import bench, dense_cases, plot, read_csv, table, write_csv
+from axo_flash.bench import bench, dense_cases, model_cases, packed_cases, plot, read_csv, table, write_csv
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--commit", default="")
+    parser.add_argument("--fa3", type=Path, metavar="DIR")
+    parser.add_argument("--backends", nargs="+", help="default: all that are to be had")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--table", type=Path, metavar="CSV", help="print (and draw anew) stored results")
     args = parser.parse_args()
@@ -22,7 +27,15 @@ def main():
         results = read_csv(args.table)
         plot(results, args.table.with_suffix(".png"))
     else:
-        results = bench(dense_cases(), commit=args.commit)
+        if args.fa3:
+            load(args.fa3)
+        cases = [
+            *dense_cases((1024, 2048, 4096, 8192, 16384), (128,)),
+            *dense_cases((1024, 4096, 16384), (64,)),
+            *model_cases(),
+            *packed_cases(),
+        ]
+        results = bench(cases, backends=args.backends, commit=args.commit)
         gpu = next(word for word in torch.cuda.get_device_name().lower().split() if any(c.isdigit() for c in word))
         write_csv(results, args.out / f"attention_{gpu}.csv")
     print(table(results))

@@ -12,7 +12,7 @@ SHARED_MEMORY = 232448  # bytes a program may use on sm_90
 # HGMMA instructions of one pass of the main loop: 16 deep each, two products forward, four a warpgroup backward
 PRODUCTS = {("forward", 128): 16, ("forward", 64): 12, ("backward", 128): 24, ("backward", 64): 16}
 # Forward nothing. Backward at head_dim 128 a few loop-invariant addresses, whatever the version of triton.
-SPILLS = {("backward", 128): 12}
+SPILLS = {("backward", 128): 24}
 
 
 @pytest.mark.slow
@@ -23,7 +23,7 @@ def test_compiles_as_written(kernel, head_dim):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     reports = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(reports) == (6 if kernel == "forward" else 8)
+    assert len(reports) == (6 if (kernel, head_dim) == ("forward", 64) else 8)
     warpgroups = 3 if (kernel, head_dim) == ("forward", 64) else 2
     for report in reports:
         assert report["shared"] <= SHARED_MEMORY, report

@@ -15,6 +15,19 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [[300, 1, 0, 128, 129, 64], [0, 0], [7], [5] * 200]
 
 
+def as_fragments(acc):
+    """(heads, rows, head_dim) as backward_kernel adds it up: 64 x 64 numbers at a time, in the order of the registers that
+    hold the accumulator of a warpgroup's matrix product (PTX ISA, wgmma, the layout of D)."""
+    heads, rows, head_dim = acc.shape
+    r, c = torch.arange(64)[:, None], torch.arange(head_dim)[None, :]
+    warp, lane = r // 16, r % 8 * 4 + c % 8 // 2
+    register = r % 16 // 8 * 2 + c % 2
+    place = c // 64 * 4096 + c % 64 // 8 * 512 + warp * 128 + lane * 4 + register
+    out = torch.empty(heads, rows // 64, 64 * head_dim, device=acc.device)
+    out[..., place.flatten()] = acc.reshape(heads, rows // 64, 64 * head_dim)
+    return out
+
+
 def cumulative(lengths):
     return torch.tensor([0, *lengths], dtype=torch.int32, device=DEVICE).cumsum(0, dtype=torch.int32)
 
@@ -66,13 +79,13 @@ def test_workspace_before_and_after(varlen, align):
     out, dout = (torch.randn(shape, device=DEVICE, dtype=torch.float16) for _ in range(2))
     lse, dlse = (torch.randn(stats, device=DEVICE) for _ in range(2))
     lse[..., 3] = -torch.inf  # a row that sees nothing
-    s_start, dp_start = torch.full((2, heads, rows), torch.nan, device=DEVICE)
+    lse_log2, dp_start = torch.full((2, heads, rows), torch.nan, device=DEVICE)
     acc = torch.full((heads, rows, head_dim), torch.nan, device=DEVICE)
     strides = [s // 8 for s in (out.stride()[:3] if not varlen else (0, *out.stride()[:2]))]
     constants = dict(HEAD_DIM=head_dim, BLOCK=64, ALIGN=align, VARLEN=varlen)
     grid = (rows // 64, heads)
     prepare_kernel[grid](
-        out, dout, lse, dlse, s_start, dp_start, acc, cu, *strides, *strides, heads, batch, seqlen, rows, 1 / scale,
+        out, dout, lse, dlse, lse_log2, dp_start, acc, cu, *strides, *strides, heads, batch, seqlen, rows,
         **constants, HAS_DLSE=True,
     )  # fmt: skip
     assert (acc == 0).all()
@@ -83,14 +96,14 @@ def test_workspace_before_and_after(varlen, align):
         delta = (o.float() * do.float()).sum(-1).T - dlse[own]
         torch.testing.assert_close(dp_start[:, place : place + n], -delta)
         torch.testing.assert_close(
-            s_start[:, place : place + n], torch.where(lse[own].isinf(), -torch.inf, -lse[own] / scale)
+            lse_log2[:, place : place + n], torch.where(lse[own].isinf(), torch.inf, lse[own] / math.log(2))
         )
         real[place : place + n] = True
-    assert (s_start[:, ~real] == -torch.inf).all() and (dp_start[:, ~real] == 0).all()
+    assert (lse_log2[:, ~real] == torch.inf).all() and (dp_start[:, ~real] == 0).all()
 
     acc[:, real] = torch.randn(heads, int(real.sum()), head_dim, device=DEVICE)
     dq = torch.full(shape, torch.nan, device=DEVICE, dtype=torch.float16)
-    finish_kernel[grid](acc, dq, cu, *strides, batch, seqlen, rows, scale, **constants)
+    finish_kernel[grid](as_fragments(acc), dq, cu, *strides, batch, seqlen, rows, scale, **constants)
     for place, where, n in places:
         got = dq[where : where + n] if varlen else dq[where]
         torch.testing.assert_close(got, (acc[:, place : place + n] * scale).half().transpose(0, 1))

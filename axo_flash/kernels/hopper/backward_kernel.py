@@ -24,7 +24,6 @@ from axo_flash.kernels.hopper.tiles import (
     bar_arrive,
     bar_sync,
     block_range,
-    copy_add,
     copy_in,
     copy_rows_in,
     copy_rows_out,
@@ -35,9 +34,9 @@ from axo_flash.kernels.hopper.tiles import (
     put_info,
 )
 
-Q_FREE: gl.constexpr = gl.constexpr(8)  # hardware barriers 8, 9: Q read, one a ring slot
-DO_FREE: gl.constexpr = gl.constexpr(10)  # 10, 11
-DS_FULL: gl.constexpr = gl.constexpr(12)  # 12, 13: dS there
+DS_FULL: gl.constexpr = gl.constexpr(5)  # hardware barriers 5, 6: dS there
+Q_FREE: gl.constexpr = gl.constexpr(8)  # 8 ... 11: Q read, one a ring slot
+DO_FREE: gl.constexpr = gl.constexpr(12)  # 12 ... 15: dO read
 
 
 @gluon.jit
@@ -57,20 +56,20 @@ def _padded(sequence, start, seqlen, BLOCK: gl.constexpr, VARLEN: gl.constexpr):
 
 
 @gluon.jit
-def _head_and_block(i, lo, span, kv_head, GROUP: gl.constexpr):
+def _head_and_block(i, lo, span, kv_head, group):
     """Number i of a walk over the blocks lo ... lo + span - 1 of every query head that reads kv_head."""
-    return kv_head * GROUP + i // span, lo + i % span
+    return kv_head * group + i // span, lo + i % span
 
 
 @gluon.jit
-def _copy_queries(q_desc, do_desc, s_start_desc, dp_start_desc, q_ring, do_ring, s_start, dp_start, q_full, do_full, slot,
+def _copy_queries(q_desc, do_desc, lse_desc, dp_start_desc, q_ring, do_ring, lse_ring, dp_start, q_full, do_full, slot,
                   copied, sequence, head, start, rows, row, padded, STAGES: gl.constexpr, VARLEN: gl.constexpr):
     """One block of Q and dO, and what S and dP of it start from, into a slot of the rings."""
     if copied >= STAGES:
         bar_sync(Q_FREE + slot, 384)
-    mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes + s_start_desc.block_type.nbytes)
+    mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
     copy_rows_in(q_desc, q_full.index(slot), q_ring.index(slot), sequence, head, start, rows, row, VARLEN)
-    copy_in(s_start_desc, [head, padded + row], q_full.index(slot), s_start.index(slot))
+    copy_in(lse_desc, [head, padded + row], q_full.index(slot), lse_ring.index(slot))
     if copied >= STAGES:
         bar_sync(DO_FREE + slot, 384)
     mbarrier.expect(do_full.index(slot), do_desc.block_type.nbytes + dp_start_desc.block_type.nbytes)
@@ -79,17 +78,25 @@ def _copy_queries(q_desc, do_desc, s_start_desc, dp_start_desc, q_ring, do_ring,
 
 
 @gluon.jit
-def _copy_and_dq(q_desc, k_desc, v_desc, do_desc, s_start_desc, dp_start_desc, dq_desc, q_ring, k_tile, v_tile, do_ring,
-                 s_start, dp_start, ds_ring, dq_tile, info, kv_full, kv_empty, q_full, do_full, ds_empty, schedule, counter,
+def _add_fragments(where, x):
+    """Add x [64, 64] to 4096 floats in global memory, which lie there as its layout holds them: of every thread 16 bytes,
+    beside the next thread's. As wide as what the copy engine adds, and without the detour through shared memory, whose
+    bandwidth is what this kernel is shortest of. workspace.finish_kernel puts them in order."""
+    x = x.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([1024, 4])
+    row = gl.arange(0, 1024, gl.SliceLayout(1, x.type.layout))[:, None]
+    col = gl.arange(0, 4, gl.SliceLayout(0, x.type.layout))[None, :]
+    gl.atomic_add(where + row * 4 + col, x, sem="relaxed")
+
+
+@gluon.jit
+def _copy_and_dq(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq_acc, q_ring, k_tile, v_tile, do_ring,
+                 lse_ring, dp_start, ds_ring, info, kv_full, kv_empty, q_full, do_full, ds_empty, schedule, counter,
                  turns, num_kv_heads, seqlen_q, seqlen_k, batch, section, left, right, num_tiles, padded_rows,
-                 GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+                 group, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
                  VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DETERMINISTIC: gl.constexpr):
-    """The copying partition, which also computes dQ: 64 rows by 64 columns at a time, to live in few registers."""
+    """The copying partition, which also computes dQ, 64 columns at a time, to live in few registers."""
     WN: gl.constexpr = BLOCK_N // 2
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    PARTS: gl.constexpr = BLOCK_M * D // 4096
-    SIDE: gl.constexpr = D // 64  # parts side by side
-    zeros = gl.zeros([64, 64], gl.float32, layout)
+    zeros = gl.zeros([BLOCK_M, 64], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
     slot = 0
     copied = 0
     done = 0
@@ -101,13 +108,13 @@ def _copy_and_dq(q_desc, k_desc, v_desc, do_desc, s_start_desc, dp_start_desc, d
         col = block * BLOCK_N
         lo, _, _, hi = block_range(col, cols, rows, right, left, BLOCK_N, BLOCK_M, HAS_RIGHT, HAS_LEFT)
         span = gl.maximum(hi - lo, 1)
-        count = (hi - lo) * GROUP
+        count = (hi - lo) * group
         padded = _padded(sequence, start, rows, BLOCK_M, VARLEN)
         tile = next_tile(counter, num_tiles)
-        for i in range(gl.minimum(count, STAGES)):
-            head, block_m = _head_and_block(i, lo, span, kv_head, GROUP)
+        for i in range(gl.minimum(count, STAGES - 1)):
+            head, block_m = _head_and_block(i, lo, span, kv_head, group)
             _copy_queries(
-                q_desc, do_desc, s_start_desc, dp_start_desc, q_ring, do_ring, s_start, dp_start, q_full, do_full, slot,
+                q_desc, do_desc, lse_desc, dp_start_desc, q_ring, do_ring, lse_ring, dp_start, q_full, do_full, slot,
                 copied, sequence, head, start, rows, block_m * BLOCK_M, padded, STAGES, VARLEN)
             copied += 1
             slot = gl.where(slot == STAGES - 1, 0, slot + 1)
@@ -128,7 +135,7 @@ def _copy_and_dq(q_desc, k_desc, v_desc, do_desc, s_start_desc, dp_start_desc, d
             copy_rows_in(v_desc, kv_full, v_tile.index(w), sequence, kv_head, start_k, cols, col + w * WN, VARLEN)
 
         for i in range(count):
-            head, block_m = _head_and_block(i, lo, span, kv_head, GROUP)
+            head, block_m = _head_and_block(i, lo, span, kv_head, group)
             row = block_m * BLOCK_M
             side = done & 1
             done += 1
@@ -136,37 +143,30 @@ def _copy_and_dq(q_desc, k_desc, v_desc, do_desc, s_start_desc, dp_start_desc, d
             if DETERMINISTIC:
                 first = block_range(row, rows, cols, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)[0]
                 turn = turns + head * (padded_rows // BLOCK_M) + (padded + row) // BLOCK_M
-            for part in gl.static_range(PARTS):
+            where = dq_acc + (head.to(gl.int64) * padded_rows + padded + row) * D
+            for part in gl.static_range(D // 64):
                 dq = zeros
                 for w in gl.static_range(2):
-                    ds = ds_ring.index(side * 2 + w).permute((1, 0)).slice(part // SIDE * 64, 64, dim=0)
-                    k = k_tile.index(w).reshape([WN, D]).slice(part % SIDE * 64, 64, dim=1)
+                    ds = ds_ring.index(side * 2 + w).permute((1, 0))
+                    k = k_tile.index(w).reshape([WN, D]).slice(part * 64, 64, dim=1)
                     dq = warpgroup_mma(ds, k, dq, use_acc=w > 0, is_async=True)
-                if part == PARTS - 1:
-                    ahead = i + STAGES
-                    if ahead < count:
-                        next_head, next_block = _head_and_block(ahead, lo, span, kv_head, GROUP)
-                        _copy_queries(
-                            q_desc, do_desc, s_start_desc, dp_start_desc, q_ring, do_ring, s_start, dp_start, q_full,
-                            do_full, slot, copied, sequence, next_head, start, rows, next_block * BLOCK_M, padded, STAGES,
-                            VARLEN)
-                        copied += 1
-                        slot = gl.where(slot == STAGES - 1, 0, slot + 1)
                 dq = warpgroup_mma_wait(0, deps=[dq])
-                if part == PARTS - 1:
+                if part == D // 64 - 1:
                     mbarrier.arrive(ds_empty.index(side), count=1)
-                tma.store_wait(1)  # the other buffer may still be read
-                buffer = (done * PARTS + part) & 1
-                dq_tile.index(buffer).reshape([64, 64]).store(dq)
-                fence_async_shared()
                 if DETERMINISTIC and part == 0:  # whoever comes before has added its own
                     while gl.atomic_add(turn, 0, sem="acquire") != block - first:
                         pass
-                copy_add(dq_desc, [head, padded + row + part // SIDE * 64, part % SIDE * 64], dq_tile.index(buffer))
+                _add_fragments(where + part * 4096, dq)
+                ahead = i + STAGES - 1
+                if part == 0 and ahead < count:
+                    # into the slot of the block before this one, which both warpgroups have left: nothing to wait for
+                    next_head, next_block = _head_and_block(ahead, lo, span, kv_head, group)
+                    _copy_queries(
+                        q_desc, do_desc, lse_desc, dp_start_desc, q_ring, do_ring, lse_ring, dp_start, q_full, do_full, slot,
+                        copied, sequence, next_head, start, rows, next_block * BLOCK_M, padded, STAGES, VARLEN)
+                    copied += 1
+                    slot = gl.where(slot == STAGES - 1, 0, slot + 1)
             if DETERMINISTIC:
-                # the sums must be there, not only read from here, before the next block may add its own
-                gl.inline_asm_elementwise(
-                    "cp.async.bulk.wait_group 0; mov.b32 $0, 0;", "=r,r,~{memory}", [row], gl.int32, False, 1)
                 partition_barrier()
                 gl.atomic_add(turn, 1, sem="release")
     mbarrier.wait(kv_empty, kv_phase)
@@ -176,24 +176,99 @@ def _copy_and_dq(q_desc, k_desc, v_desc, do_desc, s_start_desc, dp_start_desc, d
         slot = gl.where(slot == 0, STAGES - 1, slot - 1)
         bar_sync(Q_FREE + slot, 384)
         bar_sync(DO_FREE + slot, 384)
-    tma.store_wait(0)
 
 
 @gluon.jit
-def _compute(w: gl.constexpr, dk_desc, dv_desc, q_ring, k_tile, v_tile, do_ring, s_start, dp_start, ds_ring, info, kv_full,
+def _probabilities(s, lse, block, hidden, first_row, last_row, scale_log2, HAS_LEFT: gl.constexpr):
+    """P of the queries of block number `block`. s [keys, queries]; lse [queries], times log2(e); hidden: does it need the
+    mask; a key is seen by the rows first_row ... last_row."""
+    if hidden:
+        # In an MMA layout bits 1 and 2 of the row come from the lane and the others from the register's number: see
+        # forward_kernel._mask.
+        rows = gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
+        number = (rows & -7)[None, :]
+        lane = (rows & 6)[None, :] + block * s.shape[1]
+        s = gl.where(number >= first_row[:, None] - lane, s, -float("inf"))
+        if HAS_LEFT:
+            s = gl.where(number <= last_row[:, None] - lane, s, -float("inf"))
+    return _exp2_here(s * scale_log2 - lse[None, :])
+
+
+@gluon.jit
+def _step(k, v, q_ring, do_ring, lse_ring, dp_start, ds_ring, q_full, do_full, ds_empty, p, dk, dv, slot, phase, done,
+          next_block, next_hidden, first_row, last_row, scale_log2, w: gl.constexpr, STAGES: gl.constexpr,
+          EARLY: gl.constexpr, HAS_LEFT: gl.constexpr, LAST: gl.constexpr):
+    """One block of queries: dV, dP, dS and dK from its P; and, unless it is the LAST one of the tile, P of the next block.
+
+    The next scores are on the tensor cores while dS is computed (EARLY, where there are the registers) or behind it; their
+    exponentials run while dK is.
+    """
+    WN: gl.constexpr = p.shape[0]
+    BLOCK_M: gl.constexpr = p.shape[1]
+    D: gl.constexpr = dk.shape[1]
+    dtype: gl.constexpr = q_ring.dtype
+    score_layout: gl.constexpr = p.type.layout
+    row_layout: gl.constexpr = gl.SliceLayout(0, score_layout)
+    operand: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    zeros = gl.zeros([WN, BLOCK_M], gl.float32, score_layout)
+    q = q_ring.index(slot).reshape([BLOCK_M, D])
+    do = do_ring.index(slot).reshape([BLOCK_M, D])
+    next_slot, next_phase = advance(slot, phase, STAGES)
+    next_q = q_ring.index(next_slot).reshape([BLOCK_M, D]).permute((1, 0))
+    start = dp_start.index(slot).reshape([BLOCK_M]).load(row_layout)[None, :]  # -delta: no registers for it beside dP
+    start = gl.broadcast(start, zeros)[0]
+    if EARLY:
+        if not LAST:
+            mbarrier.wait(q_full.index(next_slot), next_phase)
+        dp_token = warpgroup_mma(v, do.permute((1, 0)), start, is_async=True)
+        dv_token = warpgroup_mma(gl.convert_layout(p.to(dtype), operand), do, dv, is_async=True)
+        if LAST:
+            dp = warpgroup_mma_wait(1, deps=[dp_token])
+        else:
+            s_token = warpgroup_mma(k, next_q, zeros, use_acc=False, is_async=True)
+            dp = warpgroup_mma_wait(2, deps=[dp_token])
+    else:  # dV first: in the other order the assembler runs out of registers and serialises all products
+        dv_token = warpgroup_mma(gl.convert_layout(p.to(dtype), operand), do, dv, is_async=True)
+        dp_token = warpgroup_mma(v, do.permute((1, 0)), start, is_async=True)
+        dv = warpgroup_mma_wait(1, deps=[dv_token])
+        dp = warpgroup_mma_wait(0, deps=[dp_token])
+        bar_arrive(DO_FREE + slot, 384)
+    ds = (p * dp).to(dtype)
+    side = done & 1
+    mbarrier.wait(ds_empty.index(side), (done >> 1 & 1) ^ 1)
+    ds_ring.index(side * 2 + w).store(ds)
+    fence_async_shared()
+    bar_arrive(DS_FULL + side, 384)
+    if not EARLY and not LAST:
+        mbarrier.wait(q_full.index(next_slot), next_phase)
+        s_token = warpgroup_mma(k, next_q, zeros, use_acc=False, is_async=True)
+    dk_token = warpgroup_mma(gl.convert_layout(ds, operand), q, dk, is_async=True)
+    if EARLY:
+        dv = warpgroup_mma_wait(1, deps=[dv_token])
+        bar_arrive(DO_FREE + slot, 384)
+    if not LAST:
+        s = warpgroup_mma_wait(1, deps=[s_token])
+        lse = lse_ring.index(next_slot).reshape([BLOCK_M]).load(row_layout)
+        p = _probabilities(s, lse, next_block, next_hidden, first_row, last_row, scale_log2, HAS_LEFT)
+        # awaited here, and not where it is used: a spin loop is a wall behind which the assembler cannot move the
+        # exponentials, and left to itself it moves them behind the wait for dK
+        mbarrier.wait(do_full.index(next_slot), next_phase)
+    dk = warpgroup_mma_wait(0, deps=[dk_token])
+    bar_arrive(Q_FREE + slot, 384)
+    return p, dk, dv, next_slot, next_phase
+
+
+@gluon.jit
+def _compute(w: gl.constexpr, dk_desc, dv_desc, q_ring, k_tile, v_tile, do_ring, lse_ring, dp_start, ds_ring, info, kv_full,
              kv_empty, q_full, do_full, ds_empty, scale, scale_log2, seqlen_q, seqlen_k, left, right,
-             GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-             VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
+             group, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+             EARLY: gl.constexpr, VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
     """Warpgroup w: dK and dV of the keys 64 w ... 64 w + 63 of every tile."""
     WN: gl.constexpr = BLOCK_N // 2
     dtype: gl.constexpr = q_ring.dtype
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
-    row_layout: gl.constexpr = gl.SliceLayout(0, score_layout)
-    local_rows = gl.arange(0, BLOCK_M, row_layout)
     local_cols = gl.arange(0, WN, gl.SliceLayout(1, score_layout)) + w * WN
-    zeros = gl.zeros([WN, BLOCK_M], gl.float32, score_layout)
     k = k_tile.index(w).reshape([WN, D])
     v = v_tile.index(w).reshape([WN, D])
     slot = 0
@@ -226,43 +301,28 @@ def _compute(w: gl.constexpr, dk_desc, dv_desc, q_ring, k_tile, v_tile, do_ring,
             full_lo = hi
         dk = gl.zeros([WN, D], gl.float32, out_layout)
         dv = gl.zeros([WN, D], gl.float32, out_layout)
-        block = lo
-        for _ in range((hi - lo) * GROUP):
-            q = q_ring.index(slot).reshape([BLOCK_M, D])
-            do = do_ring.index(slot).reshape([BLOCK_M, D])
-            # The accumulators start at -lse / softmax_scale and -delta, so that neither needs registers beside them.
+        count = (hi - lo) * group
+        if count > 0:
             mbarrier.wait(q_full.index(slot), phase)
-            start = s_start.index(slot).reshape([BLOCK_M]).load(row_layout)[None, :]
-            s_token = warpgroup_mma(k, q.permute((1, 0)), gl.broadcast(start, zeros)[0], is_async=True)
-            s = warpgroup_mma_wait(0, deps=[s_token])
-            if (block < full_lo) | (block >= full_hi):
-                # bits 1 and 2 of the row come from the lane, the others from the register's number: see forward_kernel._mask
-                number = (local_rows & -7)[None, :]
-                lane = (local_rows & 6)[None, :] + block * BLOCK_M
-                s = gl.where(number >= first_row[:, None] - lane, s, -float("inf"))
-                if HAS_LEFT:
-                    s = gl.where(number <= last_row[:, None] - lane, s, -float("inf"))
-            p = _exp2_here(s * scale_log2)
-            p_operand = gl.convert_layout(p.to(dtype), operand)
+            q = q_ring.index(slot).reshape([BLOCK_M, D]).permute((1, 0))
+            zeros = gl.zeros([WN, BLOCK_M], gl.float32, score_layout)
+            s = warpgroup_mma_wait(0, deps=[warpgroup_mma(k, q, zeros, use_acc=False, is_async=True)])
+            lse = lse_ring.index(slot).reshape([BLOCK_M]).load(gl.SliceLayout(0, score_layout))
+            p = _probabilities(
+                s, lse, lo, (lo < full_lo) | (lo >= full_hi), first_row, last_row, scale_log2, HAS_LEFT)
             mbarrier.wait(do_full.index(slot), phase)
-            start = dp_start.index(slot).reshape([BLOCK_M]).load(row_layout)[None, :]
-            dv_token = warpgroup_mma(p_operand, do, dv, is_async=True)
-            dp_token = warpgroup_mma(v, do.permute((1, 0)), gl.broadcast(start, zeros)[0], is_async=True)
-            dv = warpgroup_mma_wait(1, deps=[dv_token])
-            dp = warpgroup_mma_wait(0, deps=[dp_token])
-            ds = (p * dp).to(dtype)
-            side = done & 1
-            mbarrier.wait(ds_empty.index(side), (done >> 1 & 1) ^ 1)
-            ds_ring.index(side * 2 + w).store(ds)
-            fence_async_shared()
-            bar_arrive(DS_FULL + side, 384)
-            dk_token = warpgroup_mma(gl.convert_layout(ds, operand), q, dk, is_async=True)
-            bar_arrive(DO_FREE + slot, 384)
-            dk = warpgroup_mma_wait(0, deps=[dk_token])
-            bar_arrive(Q_FREE + slot, 384)
+            block = lo
+            for _ in range(count - 1):
+                block = gl.where(block == hi - 1, lo, block + 1)
+                p, dk, dv, slot, phase = _step(
+                    k, v, q_ring, do_ring, lse_ring, dp_start, ds_ring, q_full, do_full, ds_empty, p, dk, dv, slot, phase,
+                    done, block, (block < full_lo) | (block >= full_hi), first_row, last_row, scale_log2, w, STAGES, EARLY,
+                    HAS_LEFT, False)
+                done += 1
+            p, dk, dv, slot, phase = _step(
+                k, v, q_ring, do_ring, lse_ring, dp_start, ds_ring, q_full, do_full, ds_empty, p, dk, dv, slot, phase,
+                done, block, False, first_row, last_row, scale_log2, w, STAGES, EARLY, HAS_LEFT, True)
             done += 1
-            slot, phase = advance(slot, phase, STAGES)
-            block = gl.where(block == hi - 1, lo, block + 1)
 
         # where this warpgroup's K and V lay, dK and dV leave
         v_tile.index(w).reshape([WN, D]).store(dv.to(dtype))
@@ -281,12 +341,12 @@ def _compute(w: gl.constexpr, dk_desc, dv_desc, q_ring, k_tile, v_tile, do_ring,
 
 
 @gluon.jit(do_not_specialize=[
-    "num_tiles", "num_kv_heads", "seqlen_q", "seqlen_k", "batch", "section", "left", "right", "padded_rows"])
-def backward_kernel(q_desc, k_desc, v_desc, do_desc, s_start_desc, dp_start_desc, dq_desc, dk_desc, dv_desc, schedule,
+    "num_tiles", "num_kv_heads", "seqlen_q", "seqlen_k", "batch", "section", "left", "right", "padded_rows", "group"])
+def backward_kernel(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq_acc, dk_desc, dv_desc, schedule,
                     counter, turns, num_tiles, num_kv_heads, seqlen_q, seqlen_k, batch, section, left, right, padded_rows,
-                    scale, scale_log2, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-                    STAGES: gl.constexpr, VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-                    DETERMINISTIC: gl.constexpr, REGS: gl.constexpr):
+                    scale, scale_log2, group, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+                    STAGES: gl.constexpr, EARLY: gl.constexpr, VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr,
+                    HAS_RIGHT: gl.constexpr, DETERMINISTIC: gl.constexpr, REGS: gl.constexpr):
     """grid: (multiprocessors,). Varlen: schedule's first word is the number of its tiles."""
     dtype: gl.constexpr = q_desc.dtype
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N // 2, BLOCK_M], dtype)
@@ -295,8 +355,7 @@ def backward_kernel(q_desc, k_desc, v_desc, do_desc, s_start_desc, dp_start_desc
     k_tile = gl.allocate_shared_memory(dtype, [2] + k_desc.block_type.shape, k_desc.layout)
     v_tile = gl.allocate_shared_memory(dtype, [2] + v_desc.block_type.shape, v_desc.layout)
     ds_ring = gl.allocate_shared_memory(dtype, [4, BLOCK_N // 2, BLOCK_M], ds_layout)
-    dq_tile = gl.allocate_shared_memory(gl.float32, [2] + dq_desc.block_type.shape, dq_desc.layout)
-    s_start = gl.allocate_shared_memory(gl.float32, [STAGES] + s_start_desc.block_type.shape, s_start_desc.layout)
+    lse_ring = gl.allocate_shared_memory(gl.float32, [STAGES] + lse_desc.block_type.shape, lse_desc.layout)
     dp_start = gl.allocate_shared_memory(gl.float32, [STAGES] + dp_start_desc.block_type.shape, dp_start_desc.layout)
     info = gl.allocate_shared_memory(gl.int32, [INFO, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -316,14 +375,14 @@ def backward_kernel(q_desc, k_desc, v_desc, do_desc, s_start_desc, dp_start_desc
         schedule += 8
     # the tuples must stand here: given a name, their constants would become tensors
     gl.warp_specialize([
-        (_copy_and_dq, (q_desc, k_desc, v_desc, do_desc, s_start_desc, dp_start_desc, dq_desc, q_ring, k_tile, v_tile,
-                        do_ring, s_start, dp_start, ds_ring, dq_tile, info, kv_full, kv_empty, q_full, do_full, ds_empty,
+        (_copy_and_dq, (q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq_acc, q_ring, k_tile, v_tile,
+                        do_ring, lse_ring, dp_start, ds_ring, info, kv_full, kv_empty, q_full, do_full, ds_empty,
                         schedule, counter, turns, num_kv_heads, seqlen_q, seqlen_k, batch, section, left, right, num_tiles,
-                        padded_rows, GROUP, D, BLOCK_M, BLOCK_N, STAGES, VARLEN, HAS_LEFT, HAS_RIGHT, DETERMINISTIC)),
-        (_compute, (0, dk_desc, dv_desc, q_ring, k_tile, v_tile, do_ring, s_start, dp_start, ds_ring, info, kv_full,
-                    kv_empty, q_full, do_full, ds_empty, scale, scale_log2, seqlen_q, seqlen_k, left, right, GROUP, D,
-                    BLOCK_M, BLOCK_N, STAGES, VARLEN, HAS_LEFT, HAS_RIGHT)),
-        (_compute, (1, dk_desc, dv_desc, q_ring, k_tile, v_tile, do_ring, s_start, dp_start, ds_ring, info, kv_full,
-                    kv_empty, q_full, do_full, ds_empty, scale, scale_log2, seqlen_q, seqlen_k, left, right, GROUP, D,
-                    BLOCK_M, BLOCK_N, STAGES, VARLEN, HAS_LEFT, HAS_RIGHT)),
+                        padded_rows, group, D, BLOCK_M, BLOCK_N, STAGES, VARLEN, HAS_LEFT, HAS_RIGHT, DETERMINISTIC)),
+        (_compute, (0, dk_desc, dv_desc, q_ring, k_tile, v_tile, do_ring, lse_ring, dp_start, ds_ring, info, kv_full,
+                    kv_empty, q_full, do_full, ds_empty, scale, scale_log2, seqlen_q, seqlen_k, left, right, group, D,
+                    BLOCK_M, BLOCK_N, STAGES, EARLY, VARLEN, HAS_LEFT, HAS_RIGHT)),
+        (_compute, (1, dk_desc, dv_desc, q_ring, k_tile, v_tile, do_ring, lse_ring, dp_start, ds_ring, info, kv_full,
+                    kv_empty, q_full, do_full, ds_empty, scale, scale_log2, seqlen_q, seqlen_k, left, right, group, D,
+                    BLOCK_M, BLOCK_N, STAGES, EARLY, VARLEN, HAS_LEFT, HAS_RIGHT)),
     ], [4, 4], [REGS, REGS])

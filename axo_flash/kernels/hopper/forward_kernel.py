@@ -43,8 +43,8 @@ LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
 @gluon.jit
 def _copy(q_desc, k_desc, v_desc, q_tile, k_ring, v_ring, info, q_full, q_empty, k_full, v_full,
           schedule, counter, num_heads, seqlen_q, seqlen_k, batch, section, left, right, num_tiles,
-          GROUP: gl.constexpr, NUM_WG: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-          VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
+          group, NUM_WG: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VARLEN: gl.constexpr,
+          HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
     """The copying partition: tile after tile, its Q, then its K and V blocks."""
     BLOCK_M: gl.constexpr = 64 * NUM_WG
     EVERYONE: gl.constexpr = 128 + 128 * NUM_WG
@@ -58,6 +58,7 @@ def _copy(q_desc, k_desc, v_desc, q_tile, k_ring, v_ring, info, q_full, q_empty,
         block, sequence, head, start, rows, start_k, cols = locate(
             tile, num_heads, seqlen_q, seqlen_k, batch, section, schedule, BLOCK_M, VARLEN, HAS_RIGHT)
         row = block * BLOCK_M
+        kv_head = head // group
         lo, full_lo, full_hi, hi = block_range(row, rows, cols, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
         tile = next_tile(counter, num_tiles)
         mbarrier.wait(q_empty.index(q_slot), q_phase)
@@ -82,11 +83,11 @@ def _copy(q_desc, k_desc, v_desc, q_tile, k_ring, v_ring, info, q_full, q_empty,
             if copied >= STAGES:
                 bar_sync(K_FREE + slot, EVERYONE)
             mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
-            copy_rows_in(k_desc, k_full.index(slot), k_ring.index(slot), sequence, head // GROUP, start_k, cols, col, VARLEN)
+            copy_rows_in(k_desc, k_full.index(slot), k_ring.index(slot), sequence, kv_head, start_k, cols, col, VARLEN)
             if copied >= STAGES:
                 bar_sync(V_FREE + slot, EVERYONE)
             mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
-            copy_rows_in(v_desc, v_full.index(slot), v_ring.index(slot), sequence, head // GROUP, start_k, cols, col, VARLEN)
+            copy_rows_in(v_desc, v_full.index(slot), v_ring.index(slot), sequence, kv_head, start_k, cols, col, VARLEN)
             copied += 1
             slot, phase = advance(slot, phase, STAGES)
     mbarrier.wait(q_empty.index(q_slot), q_phase)
@@ -135,26 +136,40 @@ def _fold_max(x):
 
 
 @gluon.jit
-def _fold_sum(x):
-    if x.shape[1] > 8:
-        left, right = _halves(x)
-        return _fold_sum(left + right)
+def _fold_sum_into(folded, x):
+    """folded [64, 8] and the sums of x [64, n] within each thread."""
+    if x.shape[1] == 8:
+        return folded + x
     else:
-        return x
+        left, right = _halves(x)
+        return _fold_sum_into(_fold_sum_into(folded, left), right)
 
 
 @gluon.jit
-def _softmax(s, m, l, scale_log2):
-    """One block more: p (fp32), the new running maximum, the new sums, still one a thread, and the factor for what was
-    summed before."""
-    m_new = gl.maximum(m, gl.convert_layout(gl.max(_fold_max(s), 1), m.type.layout))
+def _no_sum(x):
+    """Zeros in the form of the running sums: [64, 8], a thread's own columns of x."""
+    if x.shape[1] == 8:
+        return gl.zeros_like(x)
+    else:
+        left, _ = _halves(x)
+        return _no_sum(left)
+
+
+@gluon.jit
+def _maximum(s, m):
+    """The new running maximum of each row."""
+    return gl.maximum(m, gl.convert_layout(gl.max(_fold_max(s), 1), m.type.layout))
+
+
+@gluon.jit
+def _exponentials(s, m, m_new, l, scale_log2):
+    """One block more: p (fp32), the new sums, still one a thread, and the factor for what was summed before."""
     m_used = gl.where(m_new == -float("inf"), 0.0, m_new)  # a row that has seen nothing yet
     scaled = m_used * scale_log2
     alpha = gl.exp2(m * scale_log2 - scaled)
     p = gl.exp2(s * scale_log2 - scaled[:, None])
-    sums = _fold_sum(p)
-    l = l * gl.convert_layout(alpha, gl.SliceLayout(1, sums.type.layout))[:, None] + sums
-    return p, m_new, l, alpha
+    l = _fold_sum_into(l * gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))[:, None], p)
+    return p, l, alpha
 
 
 @gluon.jit
@@ -180,52 +195,70 @@ def _finish(o_desc, lse, o_tile, acc, m, l, row, local, head, sequence, start, s
 @gluon.jit
 def _step(q, k_ring, v_ring, k_full, v_full, acc, p, m, l, slot, phase, masked, rows, col, offset, seqlen_k, left, right,
           scale_log2, o_desc, lse, o_tile, old_row, local, old_head, old_sequence, old_start, old_seqlen, num_heads, seqlen_q,
-          w: gl.constexpr, NUM_WG: gl.constexpr, STAGES: gl.constexpr, FIRST: gl.constexpr, VARLEN: gl.constexpr,
-          HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
-    """The output of the pending block (p, slot), and the scores of the next one.
+          w: gl.constexpr, NUM_WG: gl.constexpr, STAGES: gl.constexpr, SCORES_FIRST: gl.constexpr,
+          FIRST: gl.constexpr, VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
+    """The output of the pending block (p, slot), and the scores and P of the next one.
 
-    FIRST: the next one begins a tile. What the old one has to write (old_...), it writes while the scores are computed.
+    SCORES_FIRST: the scores go to the tensor cores before the output, which leaves the maximum time to be found before the
+    output is there; it takes more registers. FIRST: the next block begins a tile. What the old tile has to write (old_...)
+    is written while the scores are computed, so then the output always goes first.
     """
     EVERYONE: gl.constexpr = 128 + 128 * NUM_WG
     BLOCK_N: gl.constexpr = p.shape[1]
     D: gl.constexpr = acc.shape[1]
-    score_layout: gl.constexpr = p.type.layout
+    dtype: gl.constexpr = k_ring.dtype
     out_layout: gl.constexpr = acc.type.layout
-    # converted here and not where it was computed: p would be unpacked and packed again on the loop's way back
-    operand = gl.convert_layout(p.to(k_ring.dtype), gl.DotOperandLayout(0, out_layout, 2))
+    operand_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    v = v_ring.index(slot).reshape([BLOCK_N, D])
     next_slot, next_phase = advance(slot, phase, STAGES)
-    mbarrier.wait(v_full.index(slot), phase)
-    mbarrier.wait(k_full.index(next_slot), next_phase)
     k = k_ring.index(next_slot).reshape([BLOCK_N, D]).permute((1, 0))
-    zeros = gl.zeros([64, BLOCK_N], gl.float32, score_layout)
-    bar_sync(TURN + w, 256)
-    acc_token = warpgroup_mma(operand, v_ring.index(slot).reshape([BLOCK_N, D]), acc, is_async=True)
-    s_token = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-    bar_arrive(TURN + (w + 1) % NUM_WG, 256)
-    acc = warpgroup_mma_wait(1, deps=[acc_token])
-    bar_arrive(V_FREE + slot, EVERYONE)
-    if FIRST:
-        _finish(o_desc, lse, o_tile, acc, m, l, old_row, local, old_head, old_sequence, old_start, old_seqlen, num_heads,
-                seqlen_q, scale_log2, w, VARLEN)
-        m = gl.full([64], -float("inf"), gl.float32, gl.SliceLayout(1, score_layout))
-        l = _fold_sum(zeros)
-    s = warpgroup_mma_wait(0, deps=[s_token])
+    zeros = gl.zeros_like(p)
+    # p is converted here and not where it was computed: it would be unpacked and packed again on the loop's way back
+    if SCORES_FIRST and not FIRST:
+        mbarrier.wait(k_full.index(next_slot), next_phase)
+        bar_sync(TURN + w, 256)
+        s_token = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+        acc_token = warpgroup_mma(gl.convert_layout(p.to(dtype), operand_layout), v, acc, is_async=True)
+        bar_arrive(TURN + (w + 1) % NUM_WG, 256)
+        s = warpgroup_mma_wait(1, deps=[s_token])
+    else:
+        operand = gl.convert_layout(p.to(dtype), operand_layout)
+        mbarrier.wait(k_full.index(next_slot), next_phase)
+        bar_sync(TURN + w, 256)
+        acc_token = warpgroup_mma(operand, v, acc, is_async=True)
+        s_token = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+        bar_arrive(TURN + (w + 1) % NUM_WG, 256)
+        acc = warpgroup_mma_wait(1, deps=[acc_token])
+        bar_arrive(V_FREE + slot, EVERYONE)
+        if FIRST:
+            _finish(o_desc, lse, o_tile, acc, m, l, old_row, local, old_head, old_sequence, old_start, old_seqlen, num_heads,
+                    seqlen_q, scale_log2, w, VARLEN)
+            acc = gl.zeros_like(acc)
+            m = gl.full_like(m, -float("inf"))
+            l = gl.zeros_like(l)
+        s = warpgroup_mma_wait(0, deps=[s_token])
     bar_arrive(K_FREE + next_slot, EVERYONE)
     if masked:
         s = _mask(s, rows, col, offset, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT)
-    p, m, l, alpha = _softmax(s, m, l, scale_log2)
-    if FIRST:
-        acc = gl.zeros([64, D], gl.float32, out_layout)
-    else:
+    m_new = _maximum(s, m)
+    # A spin loop is a wall that the assembler moves nothing across. In front of it the maximum is found while the output is
+    # computed; behind it the scaling of the output goes between the exponentials, of which the hardware takes one in eight
+    # cycles.
+    mbarrier.wait(v_full.index(next_slot), next_phase)
+    if SCORES_FIRST and not FIRST:
+        acc = warpgroup_mma_wait(0, deps=[acc_token])
+        bar_arrive(V_FREE + slot, EVERYONE)
+    p, l, alpha = _exponentials(s, m, m_new, l, scale_log2)
+    if not FIRST:
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, out_layout))[:, None]
-    return acc, p, m, l, next_slot, next_phase
+    return acc, p, m_new, l, next_slot, next_phase
 
 
 @gluon.jit
 def _compute(w: gl.constexpr, o_desc, lse, q_tile, k_ring, v_ring, o_tile, info, q_full, q_empty, k_full, v_full,
              num_heads, seqlen_q, seqlen_k, left, right, scale_log2,
-             D: gl.constexpr, NUM_WG: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VARLEN: gl.constexpr,
-             HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
+             D: gl.constexpr, NUM_WG: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+             SCORES_FIRST: gl.constexpr, VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
     """Warpgroup w: the rows 64 w ... 64 w + 63 of every tile."""
     BLOCK_M: gl.constexpr = 64 * NUM_WG
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -266,8 +299,11 @@ def _compute(w: gl.constexpr, o_desc, lse, q_tile, k_ring, v_ring, o_tile, info,
         col = masked_first(0, lo, full_lo, full_hi, hi) * BLOCK_N
         s = _mask(s, local + row, col, offset, cols_here, left, right, HAS_LEFT, HAS_RIGHT)
         m = gl.full([64], -float("inf"), gl.float32, gl.SliceLayout(1, score_layout))
-        p, m, l, _ = _softmax(s, m, _fold_sum(zeros), scale_log2)
+        m_new = _maximum(s, m)
+        p, l, _ = _exponentials(s, m, m_new, _no_sum(s), scale_log2)
+        m = m_new
         acc = gl.zeros([64, D], gl.float32, out_layout)
+        mbarrier.wait(v_full.index(0), 0)
 
         while working != 0:
             q = q_tile.index(q_slot * NUM_WG + w).reshape([64, D])
@@ -278,7 +314,7 @@ def _compute(w: gl.constexpr, o_desc, lse, q_tile, k_ring, v_ring, o_tile, info,
                 acc, p, m, l, slot, phase = _step(
                     q, k_ring, v_ring, k_full, v_full, acc, p, m, l, slot, phase, i < masked, local + row, col, offset,
                     cols_here, left, right, scale_log2, o_desc, lse, o_tile, row, local, head, sequence, start, rows_here,
-                    num_heads, seqlen_q, w, NUM_WG, STAGES, False, VARLEN, HAS_LEFT, HAS_RIGHT)
+                    num_heads, seqlen_q, w, NUM_WG, STAGES, SCORES_FIRST, False, VARLEN, HAS_LEFT, HAS_RIGHT)
             mbarrier.arrive(q_empty.index(q_slot), count=1)
 
             # the tile is done but for the output of its last block, which goes with the first scores of the next tile
@@ -308,10 +344,9 @@ def _compute(w: gl.constexpr, o_desc, lse, q_tile, k_ring, v_ring, o_tile, info,
                 acc, p, m, l, slot, phase = _step(
                     q, k_ring, v_ring, k_full, v_full, acc, p, m, l, slot, phase, True, local + row, col, offset, cols_here,
                     left, right, scale_log2, o_desc, lse, o_tile, old_row, local, old_head, old_sequence, old_start, old_rows,
-                    num_heads, seqlen_q, w, NUM_WG, STAGES, True, VARLEN, HAS_LEFT, HAS_RIGHT)
+                    num_heads, seqlen_q, w, NUM_WG, STAGES, SCORES_FIRST, True, VARLEN, HAS_LEFT, HAS_RIGHT)
             else:
                 operand = gl.convert_layout(p.to(k_ring.dtype), gl.DotOperandLayout(0, out_layout, 2))
-                mbarrier.wait(v_full.index(slot), phase)
                 acc_token = warpgroup_mma(operand, v_ring.index(slot).reshape([BLOCK_N, D]), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc_token])
                 bar_arrive(V_FREE + slot, 128 + 128 * NUM_WG)
@@ -323,11 +358,11 @@ def _compute(w: gl.constexpr, o_desc, lse, q_tile, k_ring, v_ring, o_tile, info,
 
 
 @gluon.jit(do_not_specialize=[
-    "num_tiles", "num_heads", "seqlen_q", "seqlen_k", "batch", "section", "left", "right"])
+    "num_tiles", "num_heads", "seqlen_q", "seqlen_k", "batch", "section", "left", "right", "group"])
 def forward_kernel(q_desc, k_desc, v_desc, o_desc, lse, schedule, counter, num_tiles, num_heads, seqlen_q, seqlen_k, batch,
-                   section, left, right, scale_log2, GROUP: gl.constexpr, D: gl.constexpr, NUM_WG: gl.constexpr,
-                   BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr,
-                   HAS_RIGHT: gl.constexpr, REGS: gl.constexpr):
+                   section, left, right, scale_log2, group, D: gl.constexpr, NUM_WG: gl.constexpr,
+                   BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SCORES_FIRST: gl.constexpr, VARLEN: gl.constexpr,
+                   HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, REGS: gl.constexpr):
     """grid: (multiprocessors,). Varlen: seqlen_q is the number of all rows, and schedule's first word that of its tiles."""
     dtype: gl.constexpr = q_desc.dtype
     q_tile = gl.allocate_shared_memory(dtype, [2 * NUM_WG] + q_desc.block_type.shape, q_desc.layout)
@@ -352,27 +387,27 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, lse, schedule, counter, num_t
     if NUM_WG == 2:
         gl.warp_specialize([
             (_copy, (q_desc, k_desc, v_desc, q_tile, k_ring, v_ring, info, q_full, q_empty, k_full, v_full, schedule,
-                     counter, num_heads, seqlen_q, seqlen_k, batch, section, left, right, num_tiles, GROUP, NUM_WG, BLOCK_N,
+                     counter, num_heads, seqlen_q, seqlen_k, batch, section, left, right, num_tiles, group, NUM_WG, BLOCK_N,
                      STAGES, VARLEN, HAS_LEFT, HAS_RIGHT)),
             (_compute, (0, o_desc, lse, q_tile, k_ring, v_ring, o_tile, info, q_full, q_empty, k_full, v_full, num_heads,
-                        seqlen_q, seqlen_k, left, right, scale_log2, D, NUM_WG, BLOCK_N, STAGES, VARLEN, HAS_LEFT,
-                        HAS_RIGHT)),
+                        seqlen_q, seqlen_k, left, right, scale_log2, D, NUM_WG, BLOCK_N, STAGES, SCORES_FIRST,
+                        VARLEN, HAS_LEFT, HAS_RIGHT)),
             (_compute, (1, o_desc, lse, q_tile, k_ring, v_ring, o_tile, info, q_full, q_empty, k_full, v_full, num_heads,
-                        seqlen_q, seqlen_k, left, right, scale_log2, D, NUM_WG, BLOCK_N, STAGES, VARLEN, HAS_LEFT,
-                        HAS_RIGHT)),
+                        seqlen_q, seqlen_k, left, right, scale_log2, D, NUM_WG, BLOCK_N, STAGES, SCORES_FIRST,
+                        VARLEN, HAS_LEFT, HAS_RIGHT)),
         ], [4, 4], [REGS, REGS])
     else:
         gl.warp_specialize([
             (_copy, (q_desc, k_desc, v_desc, q_tile, k_ring, v_ring, info, q_full, q_empty, k_full, v_full, schedule,
-                     counter, num_heads, seqlen_q, seqlen_k, batch, section, left, right, num_tiles, GROUP, NUM_WG, BLOCK_N,
+                     counter, num_heads, seqlen_q, seqlen_k, batch, section, left, right, num_tiles, group, NUM_WG, BLOCK_N,
                      STAGES, VARLEN, HAS_LEFT, HAS_RIGHT)),
             (_compute, (0, o_desc, lse, q_tile, k_ring, v_ring, o_tile, info, q_full, q_empty, k_full, v_full, num_heads,
-                        seqlen_q, seqlen_k, left, right, scale_log2, D, NUM_WG, BLOCK_N, STAGES, VARLEN, HAS_LEFT,
-                        HAS_RIGHT)),
+                        seqlen_q, seqlen_k, left, right, scale_log2, D, NUM_WG, BLOCK_N, STAGES, SCORES_FIRST,
+                        VARLEN, HAS_LEFT, HAS_RIGHT)),
             (_compute, (1, o_desc, lse, q_tile, k_ring, v_ring, o_tile, info, q_full, q_empty, k_full, v_full, num_heads,
-                        seqlen_q, seqlen_k, left, right, scale_log2, D, NUM_WG, BLOCK_N, STAGES, VARLEN, HAS_LEFT,
-                        HAS_RIGHT)),
+                        seqlen_q, seqlen_k, left, right, scale_log2, D, NUM_WG, BLOCK_N, STAGES, SCORES_FIRST,
+                        VARLEN, HAS_LEFT, HAS_RIGHT)),
             (_compute, (2, o_desc, lse, q_tile, k_ring, v_ring, o_tile, info, q_full, q_empty, k_full, v_full, num_heads,
-                        seqlen_q, seqlen_k, left, right, scale_log2, D, NUM_WG, BLOCK_N, STAGES, VARLEN, HAS_LEFT,
-                        HAS_RIGHT)),
+                        seqlen_q, seqlen_k, left, right, scale_log2, D, NUM_WG, BLOCK_N, STAGES, SCORES_FIRST,
+                        VARLEN, HAS_LEFT, HAS_RIGHT)),
         ], [4, 4, 4], [REGS, REGS, REGS])

@@ -18,14 +18,18 @@ from axo_flash.kernels.spec import AttentionSpec
 
 # By head_dim; chosen on an H100, see scripts/bench/NOTES.md.
 FORWARD = {
-    64: dict(NUM_WG=3, BLOCK_N=128, STAGES=3, REGS=160),
-    128: dict(NUM_WG=2, BLOCK_N=128, STAGES=2, REGS=240),
+    64: dict(NUM_WG=3, BLOCK_N=128, STAGES=3, SCORES_FIRST=False, REGS=160),
+    128: dict(NUM_WG=2, BLOCK_N=128, STAGES=2, SCORES_FIRST=True, REGS=240),
 }
 BACKWARD = {
-    64: dict(BLOCK_M=64, BLOCK_N=128, STAGES=2, REGS=216),
-    128: dict(BLOCK_M=64, BLOCK_N=128, STAGES=2, REGS=216),
+    64: dict(BLOCK_M=64, BLOCK_N=128, STAGES=4, EARLY=True, REGS=216),
+    128: dict(BLOCK_M=64, BLOCK_N=128, STAGES=4, EARLY=False, REGS=216),
 }
-L2_BYTES = 32 << 20  # what the heads that are worked on together may take of the cache
+# What the heads that are worked on together may take of the cache. More where tiles differ in length, as with more heads at
+# once they balance better: (forward, backward).
+L2_BYTES = (8 << 20, 8 << 20)
+L2_BYTES_UNEQUAL = (32 << 20, 64 << 20)
+LONG = 2048  # keys, from which on the forward issues the scores first
 RAGGED_ROWS = 1 << 30
 COUNTERS = 4096
 ROWS = 64  # a program of the kernels before and after the backward one
@@ -57,13 +61,14 @@ def forward(q, k, v, *, spec: AttentionSpec, cu_seqlens_q=None, cu_seqlens_k=Non
             lse,
             *tiles.arguments,
             spec.softmax_scale * LOG2E,
+            spec.group_size,
         ),
         dict(
-            GROUP=spec.group_size,
             D=spec.head_dim,
             NUM_WG=config["NUM_WG"],
             BLOCK_N=config["BLOCK_N"],
             STAGES=config["STAGES"],
+            SCORES_FIRST=config["SCORES_FIRST"] and tiles.keys >= LONG,
             **tiles.constants,
             REGS=config["REGS"],
         ),
@@ -87,9 +92,9 @@ def backward(dout, q, k, v, out, lse, *, spec: AttentionSpec, cu_seqlens_q=None,
     batch, seqlen = (cu_seqlens_q.numel() - 1, q.shape[0]) if spec.varlen else q.shape[:2]
     rows = padded_rows(batch, seqlen, block, spec.varlen)
     float32 = dict(dtype=torch.float32, device=q.device)
-    s_start, dp_start = torch.empty((2, heads, rows), **float32)
+    lse_log2, dp_start = torch.empty((2, heads, rows), **float32)
     dq_acc = torch.empty((heads, rows, head_dim), **float32)
-    turns = s_start  # not read
+    turns = lse_log2  # not read
     if spec.deterministic:
         turns = torch.zeros((heads, rows // block), dtype=torch.int32, device=q.device)
     tiles = Tiles(spec, k, q, cu_seqlens_k, cu_seqlens_q, config["BLOCK_N"], queries=False)
@@ -99,8 +104,8 @@ def backward(dout, q, k, v, out, lse, *, spec: AttentionSpec, cu_seqlens_q=None,
         prepare_kernel,
         (rows // ROWS, heads),
         q.dtype,
-        (out, dout, lse.contiguous(), dlse, s_start, dp_start, dq_acc, cu_seqlens_q, *strides(out), *strides(dout), heads,
-         batch, seqlen, rows, 1 / spec.softmax_scale),
+        (out, dout, lse.contiguous(), dlse, lse_log2, dp_start, dq_acc, cu_seqlens_q, *strides(out), *strides(dout), heads,
+         batch, seqlen, rows),
         dict(**around, HAS_DLSE=dlse is not None),
     )  # fmt: skip
     launch(
@@ -112,9 +117,9 @@ def backward(dout, q, k, v, out, lse, *, spec: AttentionSpec, cu_seqlens_q=None,
             describe(k, keys),
             describe(v, keys),
             describe(dout, block),
-            Descriptor(s_start, [heads, rows], [rows, 1], [1, block]),
+            Descriptor(lse_log2, [heads, rows], [rows, 1], [1, block]),
             Descriptor(dp_start, [heads, rows], [rows, 1], [1, block]),
-            Descriptor(dq_acc, [heads, rows, head_dim], [rows * head_dim, head_dim, 1], [1, 64, 64]),
+            dq_acc,
             describe(dk, keys),
             describe(dv, keys),
             *tiles.arguments[:2],
@@ -123,13 +128,14 @@ def backward(dout, q, k, v, out, lse, *, spec: AttentionSpec, cu_seqlens_q=None,
             rows,
             spec.softmax_scale,
             spec.softmax_scale * LOG2E,
+            spec.group_size,
         ),
         dict(
-            GROUP=spec.group_size,
             D=head_dim,
             BLOCK_M=block,
             BLOCK_N=config["BLOCK_N"],
             STAGES=config["STAGES"],
+            EARLY=config["EARLY"],
             **tiles.constants,
             DETERMINISTIC=spec.deterministic,
             REGS=config["REGS"],
@@ -157,6 +163,7 @@ class Tiles:
         programs: one a multiprocessor, or fewer.
         arguments: schedule, counter, num_tiles, heads, the seqlens of q and of k, batch, section, left, right.
         constants: VARLEN, HAS_LEFT, HAS_RIGHT.
+        keys: of a sequence (varlen: on average) on the other side.
     """
 
     def __init__(self, spec, x, other, cu_seqlens, cu_seqlens_other, block, queries):
@@ -179,10 +186,13 @@ class Tiles:
         else:
             batch, schedule = x.shape[0], counter
             num_tiles = batch * heads * -(-length // block)
+        self.keys = length_other // max(batch, 1) if spec.varlen else length_other
         seqlen_q, seqlen_k = (length, length_other) if queries else (length_other, length)
+        unequal = right >= 0 and not 0 <= left < seqlen_k - 1
         # heads whose other side fits into the cache together: of K and V forward, of Q, dO and dQ backward
         bytes_of_head = length_other * spec.head_dim * (4 if queries else 8 * spec.group_size)
-        at_once = max(1, L2_BYTES // bytes_of_head) * (spec.group_size if queries else 1)
+        l2_bytes = (L2_BYTES_UNEQUAL if unequal else L2_BYTES)[0 if queries else 1]
+        at_once = max(1, l2_bytes // bytes_of_head) * (spec.group_size if queries else 1)
         self.programs = min(multiprocessors(x.device), num_tiles)
         self.arguments = (
             schedule, counter, num_tiles, heads, seqlen_q, seqlen_k, batch, min(at_once, batch * heads), left, right,

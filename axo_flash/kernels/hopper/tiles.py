@@ -8,24 +8,12 @@ compute. Tiles are handed out longest first by a counter in global memory, so th
 """
 
 import triton.experimental.gluon.language as gl
-from triton._C.libtriton import ir
 from triton.experimental import gluon
-from triton.experimental.gluon.language import _core
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 # triton 3.8 gave the copies and the reduction these names; from 3.9 on the old ones raise
 copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-copy_add = getattr(tma, "async_atomic_add", None)
-if copy_add is None:
-
-    @_core.builtin
-    def copy_add(tensor_desc, coord, src, _semantic=None):
-        """Add a shared tile to global memory; triton 3.6 and 3.7 compile it and lack but this name for it."""
-        coord = _semantic._convert_to_ir_values(coord, require_i64=False)
-        _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
-
-
 partition_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 INFO: gl.constexpr = gl.constexpr(8)  # words that describe a tile

@@ -6,6 +6,8 @@ In the workspaces, (heads, padded rows), every sequence begins on a multiple of 
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def _owner(row, cu_seqlens, batch, total, BLOCK: tl.constexpr):
@@ -27,12 +29,12 @@ def _owner(row, cu_seqlens, batch, total, BLOCK: tl.constexpr):
                        "seqlen", "padded_rows"],
     do_not_specialize_on_alignment=["cu_seqlens", "dlse", "lse"],
 )
-def prepare_kernel(out, dout, lse, dlse, s_start, dp_start, dq_acc, cu_seqlens, stride_ob, stride_om, stride_oh, stride_db,
-                   stride_dm, stride_dh, num_heads, batch, seqlen, padded_rows, inverse_scale,
+def prepare_kernel(out, dout, lse, dlse, lse_log2, dp_start, dq_acc, cu_seqlens, stride_ob, stride_om, stride_oh, stride_db,
+                   stride_dm, stride_dh, num_heads, batch, seqlen, padded_rows,
                    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, VARLEN: tl.constexpr,
                    HAS_DLSE: tl.constexpr):
-    """What the sums of S and of dP start from, at its place in the workspaces: -lse / softmax_scale and -delta, with
-    delta = out . dout - dlse; and zeros in dq_acc. A row that is nobody's, or sees nothing, starts from -inf: its P is 0.
+    """At its place in the workspaces: lse in base 2, what the sums of dP start from, which is -delta with
+    delta = out . dout - dlse, and zeros in dq_acc. A row that is nobody's, or sees nothing, has an lse of inf: its P is 0.
     Strides are in units of 8 elements. grid: (padded_rows // BLOCK, heads)"""
     first = tl.program_id(0) * BLOCK
     head = tl.program_id(1).to(tl.int64)
@@ -62,9 +64,17 @@ def prepare_kernel(out, dout, lse, dlse, s_start, dp_start, dq_acc, cu_seqlens, 
         value -= tl.load(dlse + stats + rows, mask=real, other=0.0)
     row_lse = tl.load(lse + stats + rows, mask=real, other=float("-inf"))
     where = head * padded_rows + first + tl.arange(0, BLOCK)
-    tl.store(s_start + where, tl.where(row_lse == float("-inf"), float("-inf"), -row_lse * inverse_scale))
+    tl.store(lse_log2 + where, tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E))
     tl.store(dp_start + where, -value)
     tl.store(dq_acc + where[:, None] * HEAD_DIM + dims[None, :], tl.zeros([BLOCK, HEAD_DIM], tl.float32))
+
+
+@triton.jit
+def _in_order(x, HEAD_DIM: tl.constexpr):
+    """[64, HEAD_DIM] from 64 * HEAD_DIM numbers as backward_kernel._add_fragments leaves them: of 64 columns after another,
+    (8 columns, warp, row of 8, pair of columns, upper or lower 8 rows, one of the pair)."""
+    x = tl.reshape(x, [HEAD_DIM // 64, 8, 4, 8, 4, 2, 2])
+    return tl.reshape(tl.permute(x, (2, 5, 3, 0, 1, 4, 6)), [64, HEAD_DIM])
 
 
 @triton.jit(
@@ -73,8 +83,8 @@ def prepare_kernel(out, dout, lse, dlse, s_start, dp_start, dq_acc, cu_seqlens, 
 )
 def finish_kernel(dq_acc, dq, cu_seqlens, stride_b, stride_m, stride_h, batch, seqlen, padded_rows, scale,
                   HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, VARLEN: tl.constexpr):
-    """dq = scale * dq_acc, rounded. grid: (padded_rows // BLOCK, heads), last first: their sums are still in the cache.
-    Strides are in units of 8 elements."""
+    """dq = scale * dq_acc, put in order and rounded. grid: (padded_rows // BLOCK, heads), BLOCK being 64, and the last ones
+    first: their sums are still in the cache. Strides are in units of 8 elements."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK
     head = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)
     if VARLEN:
@@ -87,8 +97,7 @@ def finish_kernel(dq_acc, dq, cu_seqlens, stride_b, stride_m, stride_h, batch, s
         base = dq + ((first // each).to(tl.int64) * stride_b + head * stride_h) * 8
     rows = first - padded + tl.arange(0, BLOCK)
     dims = tl.arange(0, HEAD_DIM)
-    where = head * padded_rows + first + tl.arange(0, BLOCK)
-    real = rows < length
-    x = tl.load(dq_acc + where[:, None] * HEAD_DIM + dims[None, :], mask=real[:, None], other=0.0)
+    x = tl.load(dq_acc + (head * padded_rows + first) * HEAD_DIM + tl.arange(0, BLOCK * HEAD_DIM))
+    x = _in_order(x, HEAD_DIM)
     where = base + rows.to(tl.int64)[:, None] * stride_m * 8 + dims[None, :]
-    tl.store(where, (x * scale).to(dq.dtype.element_ty), mask=real[:, None])
+    tl.store(where, (x * scale).to(dq.dtype.element_ty), mask=(rows < length)[:, None])
