@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -138,10 +139,15 @@ def _fa2(q, k, v, call):
         from torch.nn.attention.varlen import varlen_attn
     except ImportError as error:
         raise Unsupported("torch.nn.attention.varlen came with PyTorch 2.10") from error
-    if call.window >= 0 or q.shape[1] != k.shape[1]:
-        raise Unsupported("torch.nn.attention.varlen has no windows and no GQA")
+    parameters = inspect.signature(varlen_attn).parameters
+    if "window_size" not in parameters:
+        raise Unsupported("torch.nn.attention.varlen takes window_size, and so causal masks, from PyTorch 2.11 on")
+    gqa = {} if q.shape[1] == k.shape[1] else {"enable_gqa": True}
+    if not gqa.keys() <= parameters.keys():
+        raise Unsupported("torch.nn.attention.varlen takes grouped heads from PyTorch 2.12 on")
     cu_seqlens = call.cu_seqlens, call.cu_seqlens
-    return varlen_attn(q, k, v, *cu_seqlens, call.max_seqlen, call.max_seqlen, is_causal=call.causal)
+    window = (call.window, 0 if call.causal else -1)
+    return varlen_attn(q, k, v, *cu_seqlens, call.max_seqlen, call.max_seqlen, window_size=window, **gqa)
 
 
 def _flex():

@@ -6,6 +6,7 @@ error may be at most twice (out) or three times (gradients) that one's, plus fp3
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest import mock
@@ -156,14 +157,16 @@ def check(case: Case, backend: str, device, seed=0):
         out, lse, *grads = run_backend(case, inputs, backend)
     exact = run_plain(case, inputs, torch.float64)
     low = run_plain(case, inputs, case.dtype)
-    for name, got, want, plain, factor in zip(
-        ("out", "dq", "dk", "dv"), (out, *grads), exact, low, (2, 3, 3, 3), strict=True
+    rows, cols = inputs.q.shape[-3] * case.heads[0] // case.heads[1], inputs.k.shape[-3]
+    for name, got, want, plain, factor, summed in zip(
+        ("out", "dq", "dk", "dv"), (out, *grads), exact, low, (2, 3, 3, 3), (cols, cols, rows, rows), strict=True
     ):
         assert got.dtype == case.dtype and got.shape == want.shape
         if not want.numel():
             continue
         error, allowed = (got - want).abs().max().item(), (plain - want).abs().max().item()
-        floor = 1e-5 * max(1.0, want.abs().max().item())  # fp32 rounding, where low precision happens to be exact
+        # fp32 rounding, where low precision happens to be exact; it grows with the root of the number of terms
+        floor = 1e-5 * max(1.0, want.abs().max().item()) * max(1.0, math.sqrt(summed / 256))
         assert error <= factor * allowed + floor, f"{name}: error {error:.2e}, plain low precision {allowed:.2e}"
     _, lse_exact, *_ = run_backend(case, inputs, "reference")
     torch.testing.assert_close(lse, lse_exact.to(lse.dtype), atol=1e-4, rtol=1e-5)

@@ -1,9 +1,13 @@
 """Backward by recomputation for Hopper, in Gluon.
 
-A tile is 128 keys of one kv head. Two warpgroups of 64 keys each recompute P^T and dS^T, keep both in registers as operands
+A tile is 128 keys of one head. Two warpgroups of 64 keys each recompute P^T and dS^T, keep both in registers as operands
 of dV and dK, and never wait for one another: what they owe dQ, they leave in shared memory. A third warpgroup, which also
-copies Q and dO in, multiplies it with K and adds the product to dQ, in fp32 in global memory, by the copy engine. (In
-FlashAttention-3 the two warpgroups compute dQ together, and so meet twice a block.)
+copies Q and dO in, multiplies it with K and adds the product to dQ, in fp32 in global memory, straight from its registers.
+(In FlashAttention-3 the two warpgroups compute dQ together, and so meet twice a block, and the copy engine adds it.)
+
+With grouped heads a tile is of a kv head and walks over all `group` query heads that read it, which adds up dK and dV in
+registers; or, where tiles differ in length, of a query head, of which `share` share a kv head: the tiles that run side by
+side would otherwise be spread over more heads than the cache holds. launch.py then adds up what they owe dK and dV.
 
 The kernels of workspace.py go before and after: one prepares delta, lse and a zeroed dQ, one rounds dQ.
 """
@@ -56,9 +60,9 @@ def _padded(sequence, start, seqlen, BLOCK: gl.constexpr, VARLEN: gl.constexpr):
 
 
 @gluon.jit
-def _head_and_block(i, lo, span, kv_head, group):
-    """Number i of a walk over the blocks lo ... lo + span - 1 of every query head that reads kv_head."""
-    return kv_head * group + i // span, lo + i % span
+def _head_and_block(i, lo, span, head, group):
+    """Number i of a walk over the blocks lo ... lo + span - 1 of each of the `group` query heads of a tile's head."""
+    return head * group + i // span, lo + i % span
 
 
 @gluon.jit
@@ -91,8 +95,8 @@ def _add_fragments(where, x):
 @gluon.jit
 def _copy_and_dq(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq_acc, q_ring, k_tile, v_tile, do_ring,
                  lse_ring, dp_start, ds_ring, info, kv_full, kv_empty, q_full, do_full, ds_empty, schedule, counter,
-                 turns, num_kv_heads, seqlen_q, seqlen_k, batch, section, left, right, num_tiles, padded_rows,
-                 group, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+                 turns, num_heads, seqlen_q, seqlen_k, batch, section, left, right, num_tiles, padded_rows,
+                 group, share, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
                  VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DETERMINISTIC: gl.constexpr):
     """The copying partition, which also computes dQ, 64 columns at a time, to live in few registers."""
     WN: gl.constexpr = BLOCK_N // 2
@@ -103,8 +107,8 @@ def _copy_and_dq(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq_ac
     kv_phase = 1
     tile = gl.program_id(0)
     while tile < num_tiles:
-        block, sequence, kv_head, start_k, cols, start, rows = locate(
-            tile, num_kv_heads, seqlen_k, seqlen_q, batch, section, schedule, BLOCK_N, VARLEN, False)
+        block, sequence, tile_head, start_k, cols, start, rows = locate(
+            tile, num_tiles, num_heads, seqlen_k, seqlen_q, batch, section, schedule, BLOCK_N, VARLEN, False)
         col = block * BLOCK_N
         lo, _, _, hi = block_range(col, cols, rows, right, left, BLOCK_N, BLOCK_M, HAS_RIGHT, HAS_LEFT)
         span = gl.maximum(hi - lo, 1)
@@ -112,7 +116,7 @@ def _copy_and_dq(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq_ac
         padded = _padded(sequence, start, rows, BLOCK_M, VARLEN)
         tile = next_tile(counter, num_tiles)
         for i in range(gl.minimum(count, STAGES - 1)):
-            head, block_m = _head_and_block(i, lo, span, kv_head, group)
+            head, block_m = _head_and_block(i, lo, span, tile_head, group)
             _copy_queries(
                 q_desc, do_desc, lse_desc, dp_start_desc, q_ring, do_ring, lse_ring, dp_start, q_full, do_full, slot,
                 copied, sequence, head, start, rows, block_m * BLOCK_M, padded, STAGES, VARLEN)
@@ -122,7 +126,7 @@ def _copy_and_dq(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq_ac
         kv_phase ^= 1
         put_info(info, 0, 0, 1)
         put_info(info, 0, 1, col)
-        put_info(info, 0, 2, kv_head)
+        put_info(info, 0, 2, tile_head)
         put_info(info, 0, 3, sequence)
         if VARLEN:
             put_info(info, 0, 4, start_k)
@@ -131,11 +135,11 @@ def _copy_and_dq(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq_ac
         partition_barrier()
         mbarrier.expect(kv_full, 2 * k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
         for w in gl.static_range(2):
-            copy_rows_in(k_desc, kv_full, k_tile.index(w), sequence, kv_head, start_k, cols, col + w * WN, VARLEN)
-            copy_rows_in(v_desc, kv_full, v_tile.index(w), sequence, kv_head, start_k, cols, col + w * WN, VARLEN)
+            copy_rows_in(k_desc, kv_full, k_tile.index(w), sequence, tile_head // share, start_k, cols, col + w * WN, VARLEN)
+            copy_rows_in(v_desc, kv_full, v_tile.index(w), sequence, tile_head // share, start_k, cols, col + w * WN, VARLEN)
 
         for i in range(count):
-            head, block_m = _head_and_block(i, lo, span, kv_head, group)
+            head, block_m = _head_and_block(i, lo, span, tile_head, group)
             row = block_m * BLOCK_M
             side = done & 1
             done += 1
@@ -160,7 +164,7 @@ def _copy_and_dq(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq_ac
                 ahead = i + STAGES - 1
                 if part == 0 and ahead < count:
                     # into the slot of the block before this one, which both warpgroups have left: nothing to wait for
-                    next_head, next_block = _head_and_block(ahead, lo, span, kv_head, group)
+                    next_head, next_block = _head_and_block(ahead, lo, span, tile_head, group)
                     _copy_queries(
                         q_desc, do_desc, lse_desc, dp_start_desc, q_ring, do_ring, lse_ring, dp_start, q_full, do_full, slot,
                         copied, sequence, next_head, start, rows, next_block * BLOCK_M, padded, STAGES, VARLEN)
@@ -279,7 +283,7 @@ def _compute(w: gl.constexpr, dk_desc, dv_desc, q_ring, k_tile, v_tile, do_ring,
     working = get_info(info, 0, 0)
     while working != 0:
         col = get_info(info, 0, 1)
-        kv_head = get_info(info, 0, 2)
+        head = get_info(info, 0, 2)
         sequence = get_info(info, 0, 3)
         start_k = 0
         cols = seqlen_k
@@ -327,12 +331,12 @@ def _compute(w: gl.constexpr, dk_desc, dv_desc, q_ring, k_tile, v_tile, do_ring,
         # where this warpgroup's K and V lay, dK and dV leave
         v_tile.index(w).reshape([WN, D]).store(dv.to(dtype))
         fence_async_shared()
-        copy_rows_out(dv_desc, v_tile.index(w), sequence, kv_head, start_k, cols, col + w * WN, VARLEN)
+        copy_rows_out(dv_desc, v_tile.index(w), sequence, head, start_k, cols, col + w * WN, VARLEN)
         if done > 0:  # the third warpgroup may still read K
             mbarrier.wait(ds_empty.index((done - 1) & 1), (done - 1) >> 1 & 1)
         k_tile.index(w).reshape([WN, D]).store((dk * scale).to(dtype))
         fence_async_shared()
-        copy_rows_out(dk_desc, k_tile.index(w), sequence, kv_head, start_k, cols, col + w * WN, VARLEN)
+        copy_rows_out(dk_desc, k_tile.index(w), sequence, head, start_k, cols, col + w * WN, VARLEN)
         tma.store_wait(0)
         mbarrier.arrive(kv_empty, count=1)
         kv_phase ^= 1
@@ -341,10 +345,11 @@ def _compute(w: gl.constexpr, dk_desc, dv_desc, q_ring, k_tile, v_tile, do_ring,
 
 
 @gluon.jit(do_not_specialize=[
-    "num_tiles", "num_kv_heads", "seqlen_q", "seqlen_k", "batch", "section", "left", "right", "padded_rows", "group"])
+    "num_tiles", "num_heads", "seqlen_q", "seqlen_k", "batch", "section", "left", "right", "padded_rows", "group",
+    "share"])
 def backward_kernel(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq_acc, dk_desc, dv_desc, schedule,
-                    counter, turns, num_tiles, num_kv_heads, seqlen_q, seqlen_k, batch, section, left, right, padded_rows,
-                    scale, scale_log2, group, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+                    counter, turns, num_tiles, num_heads, seqlen_q, seqlen_k, batch, section, left, right, padded_rows,
+                    scale, scale_log2, group, share, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
                     STAGES: gl.constexpr, EARLY: gl.constexpr, VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr,
                     HAS_RIGHT: gl.constexpr, DETERMINISTIC: gl.constexpr, REGS: gl.constexpr):
     """grid: (multiprocessors,). Varlen: schedule's first word is the number of its tiles."""
@@ -371,14 +376,14 @@ def backward_kernel(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq
     for i in gl.static_range(2):
         mbarrier.init(ds_empty.index(i), count=1)
     if VARLEN:
-        num_tiles = gl.load(schedule) * num_kv_heads
+        num_tiles = gl.load(schedule) * num_heads
         schedule += 8
     # the tuples must stand here: given a name, their constants would become tensors
     gl.warp_specialize([
         (_copy_and_dq, (q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq_acc, q_ring, k_tile, v_tile,
                         do_ring, lse_ring, dp_start, ds_ring, info, kv_full, kv_empty, q_full, do_full, ds_empty,
-                        schedule, counter, turns, num_kv_heads, seqlen_q, seqlen_k, batch, section, left, right, num_tiles,
-                        padded_rows, group, D, BLOCK_M, BLOCK_N, STAGES, VARLEN, HAS_LEFT, HAS_RIGHT, DETERMINISTIC)),
+                        schedule, counter, turns, num_heads, seqlen_q, seqlen_k, batch, section, left, right, num_tiles,
+                        padded_rows, group, share, D, BLOCK_M, BLOCK_N, STAGES, VARLEN, HAS_LEFT, HAS_RIGHT, DETERMINISTIC)),
         (_compute, (0, dk_desc, dv_desc, q_ring, k_tile, v_tile, do_ring, lse_ring, dp_start, ds_ring, info, kv_full,
                     kv_empty, q_full, do_full, ds_empty, scale, scale_log2, seqlen_q, seqlen_k, left, right, group, D,
                     BLOCK_M, BLOCK_N, STAGES, EARLY, VARLEN, HAS_LEFT, HAS_RIGHT)),

@@ -56,7 +56,7 @@ def _copy(q_desc, k_desc, v_desc, q_tile, k_ring, v_ring, info, q_full, q_empty,
     tile = gl.program_id(0)
     while tile < num_tiles:
         block, sequence, head, start, rows, start_k, cols = locate(
-            tile, num_heads, seqlen_q, seqlen_k, batch, section, schedule, BLOCK_M, VARLEN, HAS_RIGHT)
+            tile, num_tiles, num_heads, seqlen_q, seqlen_k, batch, section, schedule, BLOCK_M, VARLEN, HAS_RIGHT)
         row = block * BLOCK_M
         kv_head = head // group
         lo, full_lo, full_hi, hi = block_range(row, rows, cols, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)

@@ -98,6 +98,9 @@ def backward(dout, q, k, v, out, lse, *, spec: AttentionSpec, cu_seqlens_q=None,
     if spec.deterministic:
         turns = torch.zeros((heads, rows // block), dtype=torch.int32, device=q.device)
     tiles = Tiles(spec, k, q, cu_seqlens_k, cu_seqlens_q, config["BLOCK_N"], queries=False)
+    share = spec.group_size // tiles.group
+    if share > 1:  # what each query head owes, to be added up
+        dk, dv = torch.empty((2, *k.shape[:-2], heads, head_dim), dtype=k.dtype, device=k.device)
     around = dict(HEAD_DIM=head_dim, BLOCK=ROWS, ALIGN=block, VARLEN=spec.varlen)
     dlse = None if dlse is None else dlse.contiguous()
     launch(
@@ -128,7 +131,8 @@ def backward(dout, q, k, v, out, lse, *, spec: AttentionSpec, cu_seqlens_q=None,
             rows,
             spec.softmax_scale,
             spec.softmax_scale * LOG2E,
-            spec.group_size,
+            tiles.group,
+            share,
         ),
         dict(
             D=head_dim,
@@ -148,6 +152,8 @@ def backward(dout, q, k, v, out, lse, *, spec: AttentionSpec, cu_seqlens_q=None,
         (dq_acc, dq, cu_seqlens_q, *strides(dq), batch, seqlen, rows, spec.softmax_scale),
         around,
     )
+    if share > 1:
+        dk, dv = (x.unflatten(-2, (-1, share)).sum(-2) for x in (dk, dv))
     return dq, dk, dv
 
 
@@ -164,13 +170,19 @@ class Tiles:
         arguments: schedule, counter, num_tiles, heads, the seqlens of q and of k, batch, section, left, right.
         constants: VARLEN, HAS_LEFT, HAS_RIGHT.
         keys: of a sequence (varlen: on average) on the other side.
+        group: query heads of one tile.
     """
 
     def __init__(self, spec, x, other, cu_seqlens, cu_seqlens_other, block, queries):
-        heads = x.shape[-2]
         left, right = spec.band
         counter = tile_counter(x.device)
         length, length_other = (x.shape[0], other.shape[0]) if spec.varlen else (x.shape[1], other.shape[1])
+        seqlen_q, seqlen_k = (length, length_other) if queries else (length_other, length)
+        has_left, has_right = 0 <= left < seqlen_k - 1, 0 <= right < seqlen_q - 1
+        unequal = spec.varlen or (has_right and not (queries and has_left))
+        # forward a tile is of a query head; backward of a kv head, or of a query head if tiles differ in length
+        self.group = 1 if queries or unequal else spec.group_size
+        heads = spec.num_heads // self.group
         if spec.varlen:
             batch = cu_seqlens.numel() - 1
             tiles = length // block + batch + 1  # at most: the kernel reads the number from the schedule
@@ -182,24 +194,20 @@ class Tiles:
                 (cu_seqlens, cu_seqlens_other, schedule, batch, length, length_other),
                 dict(BLOCK=block, LAST_FIRST=queries),
             )
-            num_tiles = tiles * heads
+            num_tiles, most = tiles * heads, heads
         else:
             batch, schedule = x.shape[0], counter
-            num_tiles = batch * heads * -(-length // block)
+            num_tiles, most = batch * heads * -(-length // block), batch * heads
         self.keys = length_other // max(batch, 1) if spec.varlen else length_other
-        seqlen_q, seqlen_k = (length, length_other) if queries else (length_other, length)
-        unequal = right >= 0 and not 0 <= left < seqlen_k - 1
         # heads whose other side fits into the cache together: of K and V forward, of Q, dO and dQ backward
-        bytes_of_head = length_other * spec.head_dim * (4 if queries else 8 * spec.group_size)
+        bytes_of_head = length_other * spec.head_dim * (4 if queries else 8 * self.group)
         l2_bytes = (L2_BYTES_UNEQUAL if unequal else L2_BYTES)[0 if queries else 1]
         at_once = max(1, l2_bytes // bytes_of_head) * (spec.group_size if queries else 1)
         self.programs = min(multiprocessors(x.device), num_tiles)
         self.arguments = (
-            schedule, counter, num_tiles, heads, seqlen_q, seqlen_k, batch, min(at_once, batch * heads), left, right,
+            schedule, counter, num_tiles, heads, seqlen_q, seqlen_k, batch, min(at_once, most), left, right,
         )  # fmt: skip
-        self.constants = dict(
-            VARLEN=spec.varlen, HAS_LEFT=0 <= left < seqlen_k - 1, HAS_RIGHT=0 <= right < seqlen_q - 1
-        )
+        self.constants = dict(VARLEN=spec.varlen, HAS_LEFT=has_left, HAS_RIGHT=has_right)
 
 
 # --- launches -------------------------------------------------------------------------------------------------------

@@ -85,29 +85,33 @@ def copy_rows_out(desc, tile, sequence, head, start, seqlen, row, VARLEN: gl.con
 
 
 @gluon.jit
-def locate(tile, num_heads, seqlen, seqlen_other, batch, section, schedule, BLOCK: gl.constexpr, VARLEN: gl.constexpr,
-           REVERSE: gl.constexpr):
+def locate(tile, num_tiles, num_heads, seqlen, seqlen_other, batch, section, schedule, BLOCK: gl.constexpr,
+           VARLEN: gl.constexpr, REVERSE: gl.constexpr):
     """Which block of which head tile number `tile` is.
 
-    Dense: `section` heads at a time (as many as the L2 cache holds), within it block by block, heads innermost. Varlen: the
-    same order over all documents, prepared in `schedule`, whose rows are (sequence, block, start, seqlen, start_other,
+    `section` heads at a time (as many as the L2 cache holds), within it block by block, heads innermost. Varlen: the blocks
+    of all documents, in the order prepared in `schedule`, whose rows are (sequence, block, start, seqlen, start_other,
     seqlen_other).
 
     Returns block, sequence, head, first row of the sequence, its length, and both of the other side.
     """
     if VARLEN:
-        row = schedule + tile // num_heads * 8
-        head = tile % num_heads
-        return (gl.load(row + 1), gl.load(row), head, gl.load(row + 2), gl.load(row + 3), gl.load(row + 4), gl.load(row + 5))
+        blocks = num_tiles // num_heads
+        heads = num_heads
     else:
         blocks = (seqlen + BLOCK - 1) // BLOCK
-        group = tile // (blocks * section)
-        tile -= group * (blocks * section)
-        heads = gl.minimum(section, batch * num_heads - group * section)
-        block = tile // heads
+        heads = batch * num_heads
+    first = tile // (blocks * section) * section
+    tile -= first * blocks
+    heads = gl.minimum(section, heads - first)
+    block = tile // heads
+    head = first + tile % heads
+    if VARLEN:
+        row = schedule + block * 8
+        return (gl.load(row + 1), gl.load(row), head, gl.load(row + 2), gl.load(row + 3), gl.load(row + 4), gl.load(row + 5))
+    else:
         if REVERSE:
             block = blocks - 1 - block
-        head = group * section + tile % heads
         return block, head // num_heads, head % num_heads, 0, seqlen, 0, seqlen_other
 
 
