@@ -12,6 +12,7 @@ import base64
 import errno
 import logging
 import os
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from axo_flash.errors import UserError
-from axo_flash.mount_helper import Fault, Helper
+from axo_flash.mount_helper import Fault, Helper, NotStarted
 from axo_flash.mounts import covers, find_mount
 
 LOG = logging.getLogger(__name__)
@@ -98,6 +99,15 @@ class MountError(UserError):
 def advice(fault: Fault) -> str:
     """What a person can do about a fault."""
     return ADVICE.get(fault.code, OTHER_ADVICE).format(point=find_mount(fault.path).mount_point)
+
+
+# not the generator of the `random` module: a training that draws from that must not depend on what a mount does
+_RANDOM = random.Random()
+
+
+def _pause(tries: int) -> float:
+    """Seconds to wait after so many tries: anything up to a bound that doubles with each, so that runs do not keep step."""
+    return _RANDOM.uniform(0, min(FIRST_PAUSE * 2.0 ** (min(tries, 32) - 1), LONGEST_PAUSE))
 
 
 @dataclass
@@ -290,7 +300,7 @@ class MountIO:
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(state.passes),
-            wait=tenacity.wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE),
+            wait=lambda retry: _pause(retry.attempt_number),
             stop=pause_over_deadline,
             before_sleep=before_pause,
             sleep=self._stopped.wait,
@@ -316,11 +326,20 @@ class MountIO:
             self._refuse_beside_a_late_writer(state.path)
         if operation in ("copy_out", "write_new"):
             arguments = {**arguments, "ours": state.ours}
-        result = self._ask(operation, state, arguments)
-        after = find_mount(state.path)
-        if after.identity != before:
-            raise Fault(errno.ENOTCONN, f"the mount went away meanwhile; now there is {after}", state.path)
+        try:
+            result = self._ask(operation, state, arguments)
+        except Fault as fault:
+            if fault.path not in (state.local, f"{state.local}.part") and fault.code != errno.ECANCELED:
+                self._require_same_mount(state.path, before)  # what the directory underneath answered says nothing
+            raise
+        self._require_same_mount(state.path, before)
         return result
+
+    @staticmethod
+    def _require_same_mount(path: str, before: str) -> None:
+        after = find_mount(path)
+        if after.identity != before:
+            raise Fault(errno.ENOTCONN, f"the mount went away meanwhile; now there is {after}", path)
 
     def _mounted(self, path: str) -> str:
         """The identity of the mount below `path`. Without its mount it would be a path of the local disk underneath."""
@@ -341,7 +360,10 @@ class MountIO:
     def _ask(self, operation: str, state: _Try, arguments: dict[str, Any]) -> Any:
         """Have the helper do it; leave the helper behind if it hangs, or if we are interrupted meanwhile."""
         if self._helper is None:
-            self._helper = self._start_helper()
+            try:
+                self._helper = self._start_helper()
+            except NotStarted as error:
+                raise Fault(errno.EPIPE, str(error), state.path) from error
         if self._stopped.is_set():  # looked at with the helper in its place: `stop` sees either the one or the other
             raise Fault(errno.ECANCELED, "it was told to stop", state.path)
         left = self.timeout - (time.monotonic() - state.advanced)
