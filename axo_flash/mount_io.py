@@ -323,7 +323,7 @@ class MountIO:
         state.number += 1
         before = self._mounted(state.path)
         if state.writes:
-            self._refuse_beside_a_late_writer(state.path)
+            self._refuse_beside_a_late_writer(operation, state.path)
         if operation in ("copy_out", "write_new"):
             arguments = {**arguments, "ours": state.ours}
         try:
@@ -351,10 +351,14 @@ class MountIO:
             self._mount_points.add(mount.mount_point)
         return mount.identity
 
-    def _refuse_beside_a_late_writer(self, path: str) -> None:
-        """A helper that was left behind in a write may yet finish it, over what a new try has stored in the place."""
+    def _refuse_beside_a_late_writer(self, operation: str, path: str) -> None:
+        """A helper that was left behind in a write may yet finish it, over what a new try has stored in the place.
+
+        What lies above its place is free, but for removing it: one file that hangs does not close a whole directory.
+        """
         self._left_behind = [(helper, place) for helper, place in self._left_behind if not helper.has_ended()]
-        if any(place is not None and (covers(place, path) or covers(path, place)) for _, place in self._left_behind):
+        late = [place for _, place in self._left_behind if place is not None]
+        if any(covers(place, path) or (operation == "remove_tree" and covers(path, place)) for place in late):
             raise Fault(errno.ETIMEDOUT, "the write of an earlier try still hangs there", path)
 
     def _ask(self, operation: str, state: _Try, arguments: dict[str, Any]) -> Any:

@@ -127,3 +127,27 @@ def test_a_fault_of_a_heartbeat_is_noted_and_the_next_one_goes_on(tmp_path):
     lease.beat()
     assert lease.last_fault is None and lease.number == 2
     lease.release()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_lease_whose_heartbeats_end_is_known_as_lost(tmp_path):
+    """Another run will take it: this one must not go on writing."""
+    storage = LocalStorage()
+    lease = Lease(str(tmp_path), storage, **FAST)
+    lease.acquire()
+    storage.listdir = lambda path: 1 / 0
+    end = time.monotonic() + 20
+    while lease.lost is None and time.monotonic() < end:
+        time.sleep(0.02)
+    with pytest.raises(CheckpointError, match="no longer renewed: division by zero"):
+        lease.require()
+    lease.release()
+
+
+def test_a_damaged_record_names_nobody(tmp_path):
+    lease = new_lease(tmp_path)
+    lease.acquire()
+    record = next((tmp_path / FOLDER).iterdir())
+    record.write_text(record.read_text().replace(str(os.getpid()), str(os.getpid() + 1), 1))
+    assert lease._read(lease.number) is None
+    lease.release()

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot  # noqa: F401  imported once, here, not anew in every run
 import torch
 import transformers
 from datasets import load_dataset

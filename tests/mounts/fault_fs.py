@@ -8,7 +8,8 @@ probability that a matching call fails, drawn with `seed`. Actions: errno; delay
 gone); short (half of the bytes of a read); flip (one bit of a read); zeros (a read gives NULs); half_size (getattr says
 half of the size); lost (a write that stores nothing and says it did); torn (a write that stores half and says all); full
 (a write is ENOSPC once `bytes` were written since the rule came); hide (for the op `list`: a name is left out of a
-listing); crash (the daemon ends). Every fault is one line in LOG.
+listing); crash (the daemon ends). Every fault is one line in LOG; every process that calls, by its id, one in
+LOG.callers.
 
 It behaves as hopsfs-mount in what matters here: direct_io, no links, fsync that does nothing, and what is written is
 stored by close() alone: a close that fails leaves an empty file, a daemon that dies leaves one too. With `cached` the
@@ -94,8 +95,19 @@ class FaultFS(mfusepy.Operations):
         self.root, self.rules = root, rules
         self.guard = threading.RLock()
         self.stages, self.handles = {}, {}  # path -> Stage, for its size and for who opens it next; handle -> Stage
+        self.threads = set()
+
+    def heard_of(self, thread):
+        """Note the process of a thread that calls, while it waits for its answer and is there to be looked at."""
+        if thread not in self.threads:
+            self.threads.add(thread)
+            with open(f"/proc/{thread}/status") as status, open(f"{self.rules.log}.callers", "a") as callers:
+                callers.write(next(line for line in status if line.startswith("Tgid")).split()[1] + "\n")
 
     def meet(self, op, path, size=0):
+        thread = mfusepy.fuse_get_context()[2]
+        if thread:  # 0: the kernel itself, or a process of another namespace
+            self.heard_of(thread)
         rule = self.rules.due(op, path, size)
         if rule["action"] == "errno":
             raise mfusepy.FuseOSError(getattr(errno, rule["errno"]))

@@ -74,6 +74,10 @@ class FaultMount:
         log = self.folder / "log"
         return log.read_text().splitlines() if log.exists() else []
 
+    def callers(self):
+        """The ids of all processes that ever asked the mount for anything."""
+        return {int(line) for line in (self.folder / "log.callers").read_text().split()}
+
     def stop(self):
         """Thaw it, detach it, end the daemon."""
         self.fail()
