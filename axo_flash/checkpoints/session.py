@@ -28,6 +28,7 @@ from axo_flash.checkpoints.resume import (
     require_same_data,
     survey,
 )
+from axo_flash.checkpoints.room import require_room
 from axo_flash.checkpoints.shelf import Shelf, next_generation
 from axo_flash.checkpoints.storage import FAULTS, LocalStorage, Storage
 from axo_flash.checkpoints.writer import NotPublished, Writer, until
@@ -188,6 +189,11 @@ class Session:
             else:
                 self.say(f"left in staging by an earlier run, and not touched: {path}")
         remove_empty(self.staging)
+
+    def require_room(self, one: int) -> None:
+        """Raise CheckpointError if local disk cannot take a checkpoint of `one` bytes; say so if it may get short."""
+        if self.config.save_schedule()[0] != "no":
+            require_room(self.staging, one, self.say)
 
     # ------------------------------------------------------------------------------------------------------- during
 
