@@ -265,6 +265,25 @@ def test_a_damaged_newest_checkpoint_is_passed_over(directory, undisturbed):
     assert same(weights(out), undisturbed)
 
 
+def test_a_staged_checkpoint_of_a_killed_run_is_not_moved_while_it_is_read(directory, undisturbed, monkeypatch):
+    """Sealed, and killed before its rename: the next run goes on from it, however fast its threads publish."""
+    out = directory / "staged"
+    shutil.copytree(directory / "undisturbed", out)
+    shutil.rmtree(out / "checkpoint-8")
+    (out / ".staging" / "save-1-1").mkdir(parents=True)
+    (out / "checkpoint-6").rename(out / ".staging" / "save-1-1" / "checkpoint-6")
+    begin = Session.begin
+
+    def and_wait(self, data):
+        begin(self, data)
+        assert self.writer.wait(time.monotonic() + 60)
+
+    monkeypatch.setattr(Session, "begin", and_wait)
+    report = train.train(config(directory, "staged"), lambda text: None)
+    assert report.resumed_from == str(out / "checkpoint-6")
+    assert same(weights(out), undisturbed)
+
+
 def test_a_finished_run_started_again_trains_no_step_more(directory, undisturbed):
     said = []
     report = train.train(config(directory, "undisturbed"), said.append)

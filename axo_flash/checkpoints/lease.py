@@ -102,6 +102,7 @@ class Lease:
         self.heartbeat, self.silence, self.say = heartbeat, silence, say
         self.beat_storage = beat_storage or storage  # one that gives up soon: another heartbeat follows
         self.number: int | None = None
+        self._tried: set[int] = set()  # numbers of heartbeats: one that failed may have left a file that says nothing
         self.lost: str | None = None
         self.last_fault: str | None = None
         self._stop = threading.Event()
@@ -218,12 +219,14 @@ class Lease:
         """One sign of life. A fault is noted and tried again at the next one: the mount may be away for a while."""
         try:
             newest = self._newest()
-            if newest > self.number and not self._is_mine(newest):
+            if newest > self.number and newest not in self._tried and not self._is_mine(newest):
                 self.lost = str(self._refusal(self._read(newest)))
                 self._stop.set()
                 return
-            self._write(max(newest, self.number) + 1)
-            self.number = max(newest, self.number) + 1
+            number = max(newest, self.number) + 1
+            self._tried.add(number)
+            self._write(number)
+            self.number = number
             self._remove_below(self.number)
             self.last_fault = None
         except FAULTS as error:
