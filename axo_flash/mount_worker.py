@@ -18,7 +18,7 @@ import re
 import stat
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -182,25 +182,31 @@ def read_bytes(report: Report, path: str, limit: int) -> str:
             size = os.fstat(source).st_size
         if size > limit:
             raise Fault(errno.EFBIG, f"it has {size} bytes, and at most {limit} are wanted", path)
-        content = b"".join(_blocks(source, path))
+        content = b"".join(bytes(block) for block in _blocks(source, path))
     if len(content) != size:
         raise Fault(errno.EIO, f"read {len(content)} bytes of a file that declared {size}", path, len(content))
     return base64.b64encode(content).decode()
 
 
-def _blocks(descriptor: int, path: str) -> Iterator[bytes]:
-    """The file in blocks of 4 MiB at explicit offsets; the next one is read while the last is hashed and written."""
+def _blocks(descriptor: int, path: str) -> Iterator[memoryview]:
+    """The file in blocks of 4 MiB at explicit offsets; the next one is read while the last is hashed and written.
 
-    def read(offset: int) -> bytes:
+    A block is good until the next one is asked for: two buffers take turns, as memory that is new for every block costs
+    more than the hash.
+    """
+
+    def read(offset: int, buffer: memoryview) -> int:
         with naming(path, offset):
-            return os.pread(descriptor, BLOCK_BYTES, offset)
+            return os.preadv(descriptor, [buffer], offset)
 
+    buffer, other = (memoryview(bytearray(BLOCK_BYTES)) for _ in range(2))
     with ThreadPoolExecutor(1) as ahead:
-        offset, pending = 0, ahead.submit(read, 0)
-        while block := pending.result():
-            offset += len(block)
-            pending = ahead.submit(read, offset)
-            yield block
+        offset, pending = 0, ahead.submit(read, 0, buffer)
+        while size := pending.result():
+            offset += size
+            pending = ahead.submit(read, offset, other)
+            yield buffer[:size]
+            buffer, other = other, buffer
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -215,10 +221,10 @@ def copy_out(report: Report, src: str, dst: str, ours: bool) -> list:
 
 def write_new(report: Report, path: str, content: str, ours: bool) -> list:
     """The same for the few bytes in `content` (base64)."""
-    return _write_verified(report, path, iter([base64.b64decode(content)]), ours)
+    return _write_verified(report, path, [base64.b64decode(content)], ours)
 
 
-def _write_verified(report: Report, dst: str, blocks: Iterator[bytes], ours: bool) -> list:
+def _write_verified(report: Report, dst: str, blocks: Iterable[bytes | memoryview], ours: bool) -> list:
     _claim(report, dst, ours)
     digest, offset = hashlib.sha256(), 0
     # 0o644: the project's other members are to read it, and chmod is no matter of course on object stores
@@ -315,7 +321,7 @@ def _opened(path: str, flags: int, mode: int = 0) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _write(descriptor: int, block: bytes, path: str, offset: int) -> None:
+def _write(descriptor: int, block: bytes | memoryview, path: str, offset: int) -> None:
     view = memoryview(block)
     with naming(path, offset):
         while view:

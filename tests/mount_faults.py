@@ -9,7 +9,7 @@ from axo_flash import mount_worker
 class FaultyOS:
     """`os` for the worker: the n-th call that has to do with the mount fails, once or from then on."""
 
-    CALLS = ("open", "pread", "write", "fstat", "stat", "lstat", "close", "fsync", "unlink", "rmdir", "mkdir", "listdir",
+    CALLS = ("open", "preadv", "write", "fstat", "stat", "lstat", "close", "fsync", "unlink", "rmdir", "mkdir", "listdir",
              "scandir", "statvfs")  # fmt: skip
 
     def __init__(self, mount, n=0, code=errno.EIO, forever=False):

@@ -65,6 +65,7 @@ def mounted(kind: str, folder: Path, content: bytes) -> Iterator[Path]:
         return
     if reason := why_not(kind):
         raise SystemExit(f"{kind}: {reason}")
+    folder.mkdir()
     stack = Stack(kind, folder)
     try:
         stack.store.start()
