@@ -307,6 +307,18 @@ def _again(bench: Bench, place: Place, case: Case, verdict: Verdict) -> None:
         verdict.violations.append(f"cannot go on: {verdict.after}")
 
 
+@dataclasses.dataclass
+class Moment:
+    """When to kill: some seconds after the start, or after the run has noted so many lines, whatever the machine's load."""
+
+    lines: int
+    seconds: float
+
+    @classmethod
+    def drawn(cls, rng: random.Random) -> Moment:
+        return cls(0, rng.uniform(0.05, 4.0)) if rng.random() < 0.4 else cls(rng.randint(1, 10), rng.uniform(0.0, 0.6))
+
+
 def kill_case(bench: Bench, case: Case) -> Verdict:
     """Run after run on one output, each killed with SIGKILL at a random moment, the last one left alone."""
     rng, verdict = random.Random(case.key), Verdict()
@@ -319,7 +331,7 @@ def kill_case(bench: Bench, case: Case) -> Verdict:
             place = Place(bench, name, manifest=True, local_output=case.kind == "local output")
         last = verdict.kills >= KILLS_A_CASE
         bench.mount.fail(*([] if last else rules(case)))
-        ended = _one_killed(bench, place, case, None if last else rng.uniform(0.05, 4.0), verdict)
+        ended = _one_killed(bench, place, case, None if last else Moment.drawn(rng), verdict)
         journal = read_journal(place.journal)
         found = bench.judge.violations(place.output, journal)
         if ended == "right" or (ended == "error" and not last and case.kind == "failing mount"):
@@ -339,19 +351,22 @@ def kill_case(bench: Bench, case: Case) -> Verdict:
     return verdict
 
 
-def _one_killed(bench: Bench, place: Place, case: Case, after: float | None, verdict: Verdict) -> str:
-    """One run, killed `after` seconds; how it ended if it was faster, else ""."""
+def _one_killed(bench: Bench, place: Place, case: Case, moment: Moment | None, verdict: Verdict) -> str:
+    """One run, killed at its moment; how it ended if it was faster, else ""."""
     verdict.runs += 1
     if place.log.exists():
         place.log.unlink()
-    if after is None:
+    if moment is None:
         code, seconds = bench.run(place, case, [])
         verdict.seconds += seconds
         return _end_of(bench, place, code)
     before = len(read_journal(place.journal))
     started = time.monotonic()
     pid = bench.start(place, case)
-    while time.monotonic() - started < after:
+    since = None if moment.lines else started
+    while since is None or time.monotonic() - since < moment.seconds:
+        if since is None and len(read_journal(place.journal)) - before >= moment.lines:
+            since = time.monotonic()
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             verdict.seconds += time.monotonic() - started
