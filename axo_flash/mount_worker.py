@@ -152,6 +152,7 @@ def copy_in(report: Report, src: str, dst: str, durable: bool) -> list:
         os.unlink(part)  # a new file, not the old one cut: a helper that was left behind may still have that open
     with _opened(src, os.O_RDONLY) as source, _opened(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600) as target:
         with naming(src):
+            _if_offered(os.posix_fadvise, source, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # as cp: reads ahead twice as far
             before = os.fstat(source)
         if stat.S_ISDIR(before.st_mode):
             raise Fault(errno.EISDIR, os.strerror(errno.EISDIR), src)

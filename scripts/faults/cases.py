@@ -21,7 +21,7 @@ from stacks import STEPS, in_a_child, run_axo_flash, run_stock
 
 TESTS = Path(__file__).parents[2] / "tests"
 sys.path += [str(TESTS), str(TESTS / "mounts")]
-from fault_mount import FaultMount  # noqa: E402
+from fault_mount import FaultMount, NoMount  # noqa: E402
 from tiny_run import write_yaml  # noqa: E402
 
 # Seconds that a run may take. Of ours the stated timeouts: for each of lease, data, search and begin data_timeout at
@@ -91,9 +91,14 @@ class Bench:
 
     def remount(self) -> None:
         self.mount.detach()
-        for place in self.mount.point.iterdir():  # decoys, and what a run wrote to the local disk underneath
-            shutil.rmtree(place)
-        self.mount.start()
+        for again in range(20):
+            for place in self.mount.point.iterdir():  # decoys, and what a run wrote to the local disk underneath
+                shutil.rmtree(place, ignore_errors=True)
+            try:
+                return self.mount.start()
+            except NoMount:  # the run has written there since
+                if again == 19:
+                    raise
 
     def close(self) -> None:
         for mount in self.mounts.values():
@@ -233,6 +238,13 @@ class Place:
             victim.write_bytes({"cut": content[:middle], "empty": b"", "flip": flipped}[how])
         self.bench.injected("files", f"{how} {victim.name}")
 
+    def keep(self) -> None:
+        """A copy of everything, for a person to look at."""
+        kept = self.bench.folder / "violations" / self.name
+        shutil.copytree(self.folder, kept, dirs_exist_ok=True, symlinks=True)
+        if self.output.exists():
+            shutil.copytree(self.output, kept / "behind", dirs_exist_ok=True)
+
     def clear(self) -> None:
         shutil.rmtree(self.behind)
         shutil.rmtree(self.folder)
@@ -258,8 +270,7 @@ def fault_case(bench: Bench, case: Case) -> Verdict:
     )
     if verdict.violations:
         verdict.detail = place.log.read_text()[-4000:]
-        shutil.copytree(place.folder, bench.folder / "violations" / place.name, dirs_exist_ok=True)
-        shutil.copytree(place.output, bench.folder / "violations" / place.name / "behind", dirs_exist_ok=True)
+        place.keep()
     place.clear()
     return verdict
 
@@ -341,8 +352,7 @@ def kill_case(bench: Bench, case: Case) -> Verdict:
         verdict.violations = sorted({*verdict.violations, *found})
         if found:
             verdict.detail = place.log.read_text(errors="replace")[-4000:]
-            shutil.copytree(place.folder, bench.folder / "violations" / place.name, dirs_exist_ok=True)
-            shutil.copytree(place.output, bench.folder / "violations" / place.name / "behind", dirs_exist_ok=True)
+            place.keep()
         if ended == "right" or last or found:
             place.clear()
             place = None
