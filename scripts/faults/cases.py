@@ -95,7 +95,8 @@ class Bench:
             for place in self.mount.point.iterdir():  # decoys, and what a run wrote to the local disk underneath
                 shutil.rmtree(place, ignore_errors=True)
             try:
-                return self.mount.start()
+                self.mount.start()
+                break
             except NoMount:  # the run has written there since
                 if again == 19:
                     raise

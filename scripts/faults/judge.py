@@ -54,7 +54,7 @@ class Judge:
 
     def wrong_rows(self, journal: list[dict[str, Any]]) -> bool:
         """Whether any step was trained on something else than the undisturbed run's."""
-        batches = (one for one in journal if one["event"] == "batch")
+        batches = (one for one in journal if one["event"] == "batch" and one["step"] < STEPS)
         return any(self.reference.batches.get(one["step"]) != one["sha"] for one in batches)
 
     def is_whole(self, path: Path) -> bool:
@@ -78,6 +78,11 @@ class Judge:
             found.append("wrong rows")
         whole = self.whole_steps(output)
         reported = max((one["step"] for one in journal if one["event"] == "saved"), default=0)
+        if any(one["step"] >= STEPS for one in journal if one["event"] == "batch"):
+            return [
+                *found,
+                "a step too many",
+            ]  # Trainer resumed at the last step; what it saves then is of no undisturbed run
         if reported and max(whole, default=0) < reported:
             found.append("checkpoint lost")
         for one in journal:
