@@ -326,6 +326,8 @@ class MountIO:
             self._refuse_beside_a_late_writer(operation, state.path)
         if operation in ("copy_out", "write_new"):
             arguments = {**arguments, "ours": state.ours}
+        if operation in ("copy_out", "write_new", "makedirs") and find_mount(state.path).is_remote:
+            arguments = {**arguments, "device": before.split()[1]}
         try:
             result = self._ask(operation, state, arguments)
         except Fault as fault:

@@ -211,25 +211,29 @@ def _blocks(descriptor: int, path: str) -> Iterator[memoryview]:
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
-def copy_out(report: Report, src: str, dst: str, ours: bool) -> list:
+def copy_out(report: Report, src: str, dst: str, ours: bool, device: str | None = None) -> list:
     """Copy the local `src` to the new name `dst`; [size, mtime_ns, sha256], each as read back.
 
-    `ours`: the name was free at an earlier try, so what lies there is that try's remains.
+    `ours`: the name was free at an earlier try, so what lies there is that try's remains. `device` ("major:minor") is
+    that of the mount: nothing is made on another one, which is the directory underneath if the mount has just gone.
     """
     with _opened(src, os.O_RDONLY) as source:
-        return _write_verified(report, dst, _blocks(source, src), ours)
+        return _write_verified(report, dst, _blocks(source, src), ours, device)
 
 
-def write_new(report: Report, path: str, content: str, ours: bool) -> list:
+def write_new(report: Report, path: str, content: str, ours: bool, device: str | None = None) -> list:
     """The same for the few bytes in `content` (base64)."""
-    return _write_verified(report, path, [base64.b64decode(content)], ours)
+    return _write_verified(report, path, [base64.b64decode(content)], ours, device)
 
 
-def _write_verified(report: Report, dst: str, blocks: Iterable[bytes | memoryview], ours: bool) -> list:
+def _write_verified(
+    report: Report, dst: str, blocks: Iterable[bytes | memoryview], ours: bool, device: str | None
+) -> list:
     _claim(report, dst, ours)
     digest, offset = hashlib.sha256(), 0
     # 0o644: the project's other members are to read it, and chmod is no matter of course on object stores
-    with _opened(dst, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644) as target:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with _folder(os.path.dirname(dst), device) as folder, _opened(dst, flags, 0o644, folder) as target:
         for block in blocks:
             _write(target, block, dst, offset)
             digest.update(block)
@@ -279,17 +283,31 @@ def _read_back(report: Report, path: str) -> tuple[tuple[int, str], int]:
     return (size, digest.hexdigest()), found.st_mtime_ns
 
 
-def makedirs(report: Report, path: str) -> None:
-    """The directory with its parents, as far as they are not there. os.makedirs trusts isdir, blind to errors."""
+def makedirs(report: Report, path: str, device: str | None = None) -> None:
+    """The directory with its parents, as far as they are not there. os.makedirs trusts isdir, blind to errors.
+
+    `device`: as for copy_out. A directory left underneath would be hidden by the next mount, or keep it from coming.
+    """
     missing = []
     while (info := stat_path(report, path)) is None:
         missing.append(path)
         path = os.path.dirname(path)
     if not info[2]:
         raise Fault(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
-    for folder in reversed(missing):
-        with naming(folder), contextlib.suppress(FileExistsError):
-            os.mkdir(folder, 0o755)
+    for made in reversed(missing):
+        with _folder(os.path.dirname(made), device) as folder, naming(made), contextlib.suppress(FileExistsError):
+            os.mkdir(os.path.basename(made), 0o755, dir_fd=folder)
+
+
+@contextlib.contextmanager
+def _folder(path: str, device: str | None) -> Iterator[int]:
+    """A descriptor of a directory that lies on `device`: what is made through it lies there too, or nowhere."""
+    with _opened(path, os.O_PATH | os.O_DIRECTORY) as folder:  # O_PATH asks the daemon for nothing
+        with naming(path):
+            found = os.fstat(folder).st_dev
+        if device not in (None, f"{os.major(found)}:{os.minor(found)}"):
+            raise Fault(errno.ENOTCONN, "the mount has gone: this is the directory underneath", path)
+        yield folder
 
 
 def remove_tree(report: Report, path: str) -> None:
@@ -308,10 +326,14 @@ def remove_tree(report: Report, path: str) -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: str, flags: int, mode: int = 0) -> Iterator[int]:
-    """A descriptor whose close() is checked: many stores upload there, and its result alone says whether they could."""
+def _opened(path: str, flags: int, mode: int = 0, folder: int | None = None) -> Iterator[int]:
+    """A descriptor whose close() is checked: many stores upload there, and its result alone says whether they could.
+
+    `folder`: a descriptor of the directory to open it in; its name there is the last part of `path`.
+    """
     with naming(path):
-        descriptor = os.open(path, flags | os.O_CLOEXEC, mode)
+        name = path if folder is None else os.path.basename(path)
+        descriptor = os.open(name, flags | os.O_CLOEXEC, mode, dir_fd=folder)
     try:
         yield descriptor
     except BaseException:

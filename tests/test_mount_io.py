@@ -414,6 +414,25 @@ def test_what_lies_below_a_mount_that_went_away_says_nothing(places, monkeypatch
     assert io.listdir(str(places[0])) == ["file", "tree"] and io.stats.retries == 1
 
 
+@pytest.mark.parametrize("operation", ["makedirs", "write_new", "copy_out"])
+def test_nothing_is_made_underneath_a_mount_that_has_just_gone(places, operation):
+    """The mount was there when we looked: the directory that is there now is on another device."""
+    mount, local = places
+    there = os.stat(mount).st_dev
+    arguments = {
+        "makedirs": {"path": str(mount / "a" / "b")},
+        "write_new": {"path": str(mount / "new"), "content": "", "ours": False},
+        "copy_out": {"src": str(local / "src"), "dst": str(mount / "new"), "ours": False},
+    }[operation]
+    before = sorted(mount.rglob("*"))
+    with pytest.raises(Fault, match="ENOTCONN, the mount has gone: this is the directory underneath"):
+        mount_worker.OPERATIONS[operation](lambda message: None, **arguments, device="0:0")
+    assert sorted(mount.rglob("*")) == before
+    device = f"{os.major(there)}:{os.minor(there)}"
+    mount_worker.OPERATIONS[operation](lambda message: None, **arguments, device=device)
+    assert sorted(mount.rglob("*")) != before
+
+
 def test_pauses_leave_pythons_random_numbers_alone(places, monkeypatch):
     """A training that draws from `random` must not depend on what a mount does meanwhile."""
     random.seed(7)

@@ -44,7 +44,7 @@ from fault_mount import FaultMount  # noqa: E402
 from real_mounts import NEEDS, Stack, why_not  # noqa: E402
 
 RESULTS = ROOT / "scripts" / "bench" / "results" / "mounts.json"
-STEPS, SAVE_STEPS = 200, 100
+STEPS, SAVE_STEPS = 120, 100  # a checkpoint after 100, which is published while 20 more are trained, and one at the end
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -246,9 +246,12 @@ def measure_checkpoints(rounds: int) -> dict:
 
 
 def stall_of(found: dict[str, list[dict[str, float]]], stack: str) -> dict:
-    """In percent of the time of the steps: how long training stood still, and how much longer it took in all."""
+    """How long training stood still for one checkpoint, in percent of 100 steps, and how much longer it took in all."""
     saving, without = found[f"{stack} saving"], found[f"{stack} without"]
-    still = [100 * one["stalled"] / (one["training"] - one["stalled"]) for one in saving]
+    still = [
+        100 * (one["stalled"] / one["saves"]) / (SAVE_STEPS * (one["training"] - one["stalled"]) / STEPS)
+        for one in saving
+    ]
     longer = [100 * (one["training"] / other["training"] - 1) for one, other in zip(saving, without, strict=True)]
     each = [one["stalled"] / one["saves"] for one in saving]
     return {

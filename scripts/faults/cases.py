@@ -65,6 +65,7 @@ class Bench:
         lines = (folder / "chats.jsonl").read_text().splitlines(keepends=True)
         self.content = {name: "".join(lines[index::3]) for index, name in enumerate(FILES)}
         self.judge: Judge | None = None
+        self.underneath = False  # a run wrote to the local directory that a mount had hidden
 
     def prepare(self) -> None:
         """The undisturbed run, on a mount without faults; its checkpoints are what `resuming` starts with."""
@@ -92,6 +93,7 @@ class Bench:
     def remount(self) -> None:
         self.mount.detach()
         for again in range(20):
+            self.underneath |= any(self.mount.point.glob("*/out"))
             for place in self.mount.point.iterdir():  # decoys, and what a run wrote to the local disk underneath
                 shutil.rmtree(place, ignore_errors=True)
             try:
@@ -269,6 +271,9 @@ def fault_case(bench: Bench, case: Case) -> Verdict:
     verdict.violations = sorted(
         {*verdict.violations, *bench.judge.violations(place.output, read_journal(place.journal))}
     )
+    if bench.underneath:
+        verdict.violations.append("wrote underneath the mount")
+        bench.underneath = False
     if verdict.violations:
         verdict.detail = place.log.read_text()[-4000:]
         place.keep()
