@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -31,15 +30,14 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 from cells import KILLS_A_CASE, PHASES, Case, matrix  # noqa: E402
 
-RESULTS = HERE / "results"
 COLUMNS = ("phase", "kind", "seed", "pattern", "cached", "end", "after", "violations", "faults", "kills", "killed_in",
            "runs", "seconds", "detail", "commit", "time")  # fmt: skip
 
 
 def main() -> int:
     arguments = parsed()
-    RESULTS.mkdir(exist_ok=True)
-    table = RESULTS / f"{arguments.stack}.csv"
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    table = arguments.results / f"{arguments.stack}.csv"
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     wanted = [case for case in matrix(seeds, arguments.kills // KILLS_A_CASE) if arguments.only in case.key]
     done = {(row["phase"], row["kind"], int(row["seed"])) for row in rows_of(table)}
@@ -48,11 +46,9 @@ def main() -> int:
     if not table.exists():
         with open(table, "w", newline="") as file:
             csv.writer(file).writerow(COLUMNS)
-    started = time.monotonic()
     failed = in_workers(arguments, todo, table) if todo else 0
     summary = summarise(arguments.stack, rows_of(table))
-    summary["wall_seconds"] = round(earlier_seconds(arguments.stack) + time.monotonic() - started)
-    (RESULTS / f"{arguments.stack}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (arguments.results / f"{arguments.stack}.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(
         json.dumps({key: summary[key] for key in ("cases", "runs", "faults", "kills", "ends", "violations")}, indent=1)
     )
@@ -67,6 +63,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=500, help="SIGKILLs of the trainer in all")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", default="", help="cases whose name (phase/kind/seed) holds this")
+    parser.add_argument(
+        "--results", type=Path, default=Path("runs/faults"), help="where the table goes, and is found again"
+    )
     parser.add_argument("--folder", type=Path, help="for mounts and files; kept. Default: a temporary one")
     return parser.parse_args()
 
@@ -152,11 +151,6 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def earlier_seconds(stack: str) -> float:
-    path = RESULTS / f"{stack}.json"
-    return json.loads(path.read_text())["wall_seconds"] if path.exists() else 0.0
-
-
 def summarise(stack: str, rows: list[dict[str, str]]) -> dict:
     """Counts in all and by cell; versions, machine and commits."""
     from importlib.metadata import version
@@ -180,6 +174,8 @@ def summarise(stack: str, rows: list[dict[str, str]]) -> dict:
     return {
         "stack": stack, "cases": len(rows), "runs": sum(int(row["runs"]) for row in rows),
         "faults": sum(int(row["faults"]) for row in rows), "kills": sum(int(row["kills"]) for row in rows),
+        "from": min((row["time"] for row in rows), default=""), "to": max((row["time"] for row in rows), default=""),
+        "seconds_of_all_cases": round(sum(float(row["seconds"]) for row in rows)),
         "longest_seconds": max((float(row["seconds"]) for row in rows if row["phase"] in PHASES), default=0),
         "ends": dict(ends), "killed_in": dict(killed_in), "violations": dict(violations),
         "cases_with_a_violation": sum(bool(row["violations"]) for row in rows),
