@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from axo_flash.errors import UserError
 from axo_flash.mount_helper import Fault, Helper, NotStarted
-from axo_flash.mounts import covers, find_mount
+from axo_flash.mounts import Mount, covers, find_mount
 
 LOG = logging.getLogger(__name__)
 TIMEOUT = 900.0  # longer than a daemon's restart
@@ -321,37 +321,37 @@ class MountIO:
     def _try(self, operation: str, state: _Try, arguments: dict[str, Any]) -> Any:
         """One try; the mount must be there before it, and be the same one after it."""
         state.number += 1
-        before = self._mounted(state.path)
+        mount = self._mounted(state.path)
         if state.writes:
             self._refuse_beside_a_late_writer(operation, state.path)
         if operation in ("copy_out", "write_new"):
             arguments = {**arguments, "ours": state.ours}
-        if operation in ("copy_out", "write_new", "makedirs") and find_mount(state.path).is_remote:
-            arguments = {**arguments, "device": before.split()[1]}
+        if operation in ("copy_out", "write_new", "makedirs") and mount.is_remote:
+            arguments = {**arguments, "device": mount.device}
         try:
             result = self._ask(operation, state, arguments)
         except Fault as fault:
             if fault.path not in (state.local, f"{state.local}.part") and fault.code != errno.ECANCELED:
-                self._require_same_mount(state.path, before)  # what the directory underneath answered says nothing
+                self._require_same_mount(state.path, mount)  # what the directory underneath answered says nothing
             raise
-        self._require_same_mount(state.path, before)
+        self._require_same_mount(state.path, mount)
         return result
 
     @staticmethod
-    def _require_same_mount(path: str, before: str) -> None:
+    def _require_same_mount(path: str, before: Mount) -> None:
         after = find_mount(path)
-        if after.identity != before:
+        if after.identity != before.identity:
             raise Fault(errno.ENOTCONN, f"the mount went away meanwhile; now there is {after}", path)
 
-    def _mounted(self, path: str) -> str:
-        """The identity of the mount below `path`. Without its mount it would be a path of the local disk underneath."""
+    def _mounted(self, path: str) -> Mount:
+        """The mount below `path`. Without its mount it would be a path of the local disk underneath."""
         mount = find_mount(path)
         for point in self._mount_points:
             if covers(point, path) and not covers(point, mount.mount_point):
                 raise Fault(errno.ENOTCONN, f"nothing is mounted at {point} now", path)
         if mount.is_remote:
             self._mount_points.add(mount.mount_point)
-        return mount.identity
+        return mount
 
     def _refuse_beside_a_late_writer(self, operation: str, path: str) -> None:
         """A helper that was left behind in a write may yet finish it, over what a new try has stored in the place.

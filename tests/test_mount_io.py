@@ -433,6 +433,16 @@ def test_nothing_is_made_underneath_a_mount_that_has_just_gone(places, operation
     assert sorted(mount.rglob("*")) != before
 
 
+def test_the_device_is_that_of_the_mount_that_was_seen(places, monkeypatch):
+    """Looked up once: a second look, when the mount has gone, would find the local disk and allow it."""
+    mount = dataclasses.replace(mount_io.find_mount(places[0]), fstype="fuse.test", identity="7 0:99")
+    looks = iter([mount])
+    monkeypatch.setattr(mount_io, "find_mount", lambda path: next(looks, dataclasses.replace(mount, fstype="ext4")))
+    with pytest.raises(MountError, match="the mount has gone: this is the directory underneath"):
+        inline(timeout=0.0).makedirs(str(places[0] / "a"))
+    assert not (places[0] / "a").exists()
+
+
 def test_pauses_leave_pythons_random_numbers_alone(places, monkeypatch):
     """A training that draws from `random` must not depend on what a mount does meanwhile."""
     random.seed(7)
