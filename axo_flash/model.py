@@ -27,6 +27,16 @@ class ModelError(UserError):
     """The model or tokenizer that the YAML asks for cannot be had; the message says what to change."""
 
 
+# Bytes that optimizers keep for each trained parameter, by a part of their names; the others keep two numbers of its type
+STATE_BYTES = {"8bit": 2, "adafactor": 0, "sgd": 0, "lion": 4}
+
+
+def optimizer_bytes(optimizer: str, trained: int, element_size: int) -> int:
+    """What an optimizer's state takes on disk, about."""
+    small = next((size for part, size in STATE_BYTES.items() if part in optimizer), None)
+    return trained * (2 * element_size if small is None else small)
+
+
 @dataclass
 class LoadedModel:
     """A model that is ready to train.
@@ -54,6 +64,16 @@ class LoadedModel:
             total += count
             trainable += count if parameter.requires_grad else 0
         return trainable, total
+
+    def checkpoint_bytes(self, optimizer: str, adapter: bool) -> int:
+        """What one checkpoint takes on disk, about: the weights that are saved, and the optimizer's state."""
+        saved = state = 0
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                state += optimizer_bytes(optimizer, parameter.numel(), parameter.element_size())
+            if parameter.requires_grad or not adapter:
+                saved += parameter.numel() * parameter.element_size()
+        return saved + state
 
 
 def load_tokenizer(config: Config) -> Any:

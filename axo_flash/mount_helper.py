@@ -24,6 +24,10 @@ LOOK_SECONDS = 0.5  # between looks whether to stop
 PIPE_BYTES = 1 << 16
 
 
+class NotStarted(Exception):
+    """A helper that was killed, or had no time to come up, before it could be asked anything: another one may do better."""
+
+
 class Helper:
     """One running mount_worker.py. `usable` turns False when it hangs or has died."""
 
@@ -40,11 +44,12 @@ class Helper:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.process.stdout, selectors.EVENT_READ)
         if self._line(START_SECONDS) is None:
+            code = self.process.poll()
             self.kill()
-            raise RuntimeError(
-                f"the helper process for mounted paths did not start ({' '.join(command)}, exit code "
-                f"{self.process.poll()}); run that command to see why"
-            )
+            what = f"the helper process for mounted paths did not start ({' '.join(command)}, exit code {code})"
+            if code is None or code < 0:
+                raise NotStarted(what)
+            raise RuntimeError(f"{what}; run that command to see why")
 
     def call(
         self,

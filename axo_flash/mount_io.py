@@ -12,6 +12,7 @@ import base64
 import errno
 import logging
 import os
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -19,8 +20,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from axo_flash.errors import UserError
-from axo_flash.mount_helper import Fault, Helper
-from axo_flash.mounts import covers, find_mount
+from axo_flash.mount_helper import Fault, Helper, NotStarted
+from axo_flash.mounts import Mount, covers, find_mount
 
 LOG = logging.getLogger(__name__)
 TIMEOUT = 900.0  # longer than a daemon's restart
@@ -98,6 +99,15 @@ class MountError(UserError):
 def advice(fault: Fault) -> str:
     """What a person can do about a fault."""
     return ADVICE.get(fault.code, OTHER_ADVICE).format(point=find_mount(fault.path).mount_point)
+
+
+# not the generator of the `random` module: a training that draws from that must not depend on what a mount does
+_RANDOM = random.Random()
+
+
+def _pause(tries: int) -> float:
+    """Seconds to wait after so many tries: anything up to a bound that doubles with each, so that runs do not keep step."""
+    return _RANDOM.uniform(0, min(FIRST_PAUSE * 2.0 ** (min(tries, 32) - 1), LONGEST_PAUSE))
 
 
 @dataclass
@@ -290,7 +300,7 @@ class MountIO:
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(state.passes),
-            wait=tenacity.wait_random_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE),
+            wait=lambda retry: _pause(retry.attempt_number),
             stop=pause_over_deadline,
             before_sleep=before_pause,
             sleep=self._stopped.wait,
@@ -311,37 +321,55 @@ class MountIO:
     def _try(self, operation: str, state: _Try, arguments: dict[str, Any]) -> Any:
         """One try; the mount must be there before it, and be the same one after it."""
         state.number += 1
-        before = self._mounted(state.path)
+        mount = self._mounted(state.path)
         if state.writes:
-            self._refuse_beside_a_late_writer(state.path)
+            self._refuse_beside_a_late_writer(operation, state.path)
         if operation in ("copy_out", "write_new"):
             arguments = {**arguments, "ours": state.ours}
-        result = self._ask(operation, state, arguments)
-        after = find_mount(state.path)
-        if after.identity != before:
-            raise Fault(errno.ENOTCONN, f"the mount went away meanwhile; now there is {after}", state.path)
+        if operation in ("copy_out", "write_new", "makedirs") and mount.is_remote:
+            arguments = {**arguments, "device": mount.device}
+        try:
+            result = self._ask(operation, state, arguments)
+        except Fault as fault:
+            if fault.path not in (state.local, f"{state.local}.part") and fault.code != errno.ECANCELED:
+                self._require_same_mount(state.path, mount)  # what the directory underneath answered says nothing
+            raise
+        self._require_same_mount(state.path, mount)
         return result
 
-    def _mounted(self, path: str) -> str:
-        """The identity of the mount below `path`. Without its mount it would be a path of the local disk underneath."""
+    @staticmethod
+    def _require_same_mount(path: str, before: Mount) -> None:
+        after = find_mount(path)
+        if after.identity != before.identity:
+            raise Fault(errno.ENOTCONN, f"the mount went away meanwhile; now there is {after}", path)
+
+    def _mounted(self, path: str) -> Mount:
+        """The mount below `path`. Without its mount it would be a path of the local disk underneath."""
         mount = find_mount(path)
         for point in self._mount_points:
             if covers(point, path) and not covers(point, mount.mount_point):
                 raise Fault(errno.ENOTCONN, f"nothing is mounted at {point} now", path)
         if mount.is_remote:
             self._mount_points.add(mount.mount_point)
-        return mount.identity
+        return mount
 
-    def _refuse_beside_a_late_writer(self, path: str) -> None:
-        """A helper that was left behind in a write may yet finish it, over what a new try has stored in the place."""
+    def _refuse_beside_a_late_writer(self, operation: str, path: str) -> None:
+        """A helper that was left behind in a write may yet finish it, over what a new try has stored in the place.
+
+        What lies above its place is free, but for removing it: one file that hangs does not close a whole directory.
+        """
         self._left_behind = [(helper, place) for helper, place in self._left_behind if not helper.has_ended()]
-        if any(place is not None and (covers(place, path) or covers(path, place)) for _, place in self._left_behind):
+        late = [place for _, place in self._left_behind if place is not None]
+        if any(covers(place, path) or (operation == "remove_tree" and covers(path, place)) for place in late):
             raise Fault(errno.ETIMEDOUT, "the write of an earlier try still hangs there", path)
 
     def _ask(self, operation: str, state: _Try, arguments: dict[str, Any]) -> Any:
         """Have the helper do it; leave the helper behind if it hangs, or if we are interrupted meanwhile."""
         if self._helper is None:
-            self._helper = self._start_helper()
+            try:
+                self._helper = self._start_helper()
+            except NotStarted as error:
+                raise Fault(errno.EPIPE, str(error), state.path) from error
         if self._stopped.is_set():  # looked at with the helper in its place: `stop` sees either the one or the other
             raise Fault(errno.ECANCELED, "it was told to stop", state.path)
         left = self.timeout - (time.monotonic() - state.advanced)

@@ -18,7 +18,7 @@ import re
 import stat
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -152,6 +152,7 @@ def copy_in(report: Report, src: str, dst: str, durable: bool) -> list:
         os.unlink(part)  # a new file, not the old one cut: a helper that was left behind may still have that open
     with _opened(src, os.O_RDONLY) as source, _opened(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600) as target:
         with naming(src):
+            _if_offered(os.posix_fadvise, source, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # as cp: reads ahead twice as far
             before = os.fstat(source)
         if stat.S_ISDIR(before.st_mode):
             raise Fault(errno.EISDIR, os.strerror(errno.EISDIR), src)
@@ -182,47 +183,57 @@ def read_bytes(report: Report, path: str, limit: int) -> str:
             size = os.fstat(source).st_size
         if size > limit:
             raise Fault(errno.EFBIG, f"it has {size} bytes, and at most {limit} are wanted", path)
-        content = b"".join(_blocks(source, path))
+        content = b"".join(bytes(block) for block in _blocks(source, path))
     if len(content) != size:
         raise Fault(errno.EIO, f"read {len(content)} bytes of a file that declared {size}", path, len(content))
     return base64.b64encode(content).decode()
 
 
-def _blocks(descriptor: int, path: str) -> Iterator[bytes]:
-    """The file in blocks of 4 MiB at explicit offsets; the next one is read while the last is hashed and written."""
+def _blocks(descriptor: int, path: str) -> Iterator[memoryview]:
+    """The file in blocks of 4 MiB at explicit offsets; the next one is read while the last is hashed and written.
 
-    def read(offset: int) -> bytes:
+    A block is good until the next one is asked for: two buffers take turns, as memory that is new for every block costs
+    more than the hash.
+    """
+
+    def read(offset: int, buffer: memoryview) -> int:
         with naming(path, offset):
-            return os.pread(descriptor, BLOCK_BYTES, offset)
+            return os.preadv(descriptor, [buffer], offset)
 
+    buffer, other = (memoryview(bytearray(BLOCK_BYTES)) for _ in range(2))
     with ThreadPoolExecutor(1) as ahead:
-        offset, pending = 0, ahead.submit(read, 0)
-        while block := pending.result():
-            offset += len(block)
-            pending = ahead.submit(read, offset)
-            yield block
+        offset, pending = 0, ahead.submit(read, 0, buffer)
+        while size := pending.result():
+            offset += size
+            pending = ahead.submit(read, offset, other)
+            yield buffer[:size]
+            buffer, other = other, buffer
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
-def copy_out(report: Report, src: str, dst: str, ours: bool) -> list:
+def copy_out(report: Report, src: str, dst: str, ours: bool, device: str | None = None) -> list:
     """Copy the local `src` to the new name `dst`; [size, mtime_ns, sha256], each as read back.
 
-    `ours`: the name was free at an earlier try, so what lies there is that try's remains.
+    `ours`: the name was free at an earlier try, so what lies there is that try's remains. `device` ("major:minor") is
+    that of the mount: nothing is made on another one, which is the directory underneath if the mount has just gone.
     """
     with _opened(src, os.O_RDONLY) as source:
-        return _write_verified(report, dst, _blocks(source, src), ours)
+        return _write_verified(report, dst, _blocks(source, src), ours, device)
 
 
-def write_new(report: Report, path: str, content: str, ours: bool) -> list:
+def write_new(report: Report, path: str, content: str, ours: bool, device: str | None = None) -> list:
     """The same for the few bytes in `content` (base64)."""
-    return _write_verified(report, path, iter([base64.b64decode(content)]), ours)
+    return _write_verified(report, path, [base64.b64decode(content)], ours, device)
 
 
-def _write_verified(report: Report, dst: str, blocks: Iterator[bytes], ours: bool) -> list:
+def _write_verified(
+    report: Report, dst: str, blocks: Iterable[bytes | memoryview], ours: bool, device: str | None
+) -> list:
     _claim(report, dst, ours)
     digest, offset = hashlib.sha256(), 0
     # 0o644: the project's other members are to read it, and chmod is no matter of course on object stores
-    with _opened(dst, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644) as target:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with _folder(os.path.dirname(dst), device) as folder, _opened(dst, flags, 0o644, folder) as target:
         for block in blocks:
             _write(target, block, dst, offset)
             digest.update(block)
@@ -272,17 +283,31 @@ def _read_back(report: Report, path: str) -> tuple[tuple[int, str], int]:
     return (size, digest.hexdigest()), found.st_mtime_ns
 
 
-def makedirs(report: Report, path: str) -> None:
-    """The directory with its parents, as far as they are not there. os.makedirs trusts isdir, blind to errors."""
+def makedirs(report: Report, path: str, device: str | None = None) -> None:
+    """The directory with its parents, as far as they are not there. os.makedirs trusts isdir, blind to errors.
+
+    `device`: as for copy_out. A directory left underneath would be hidden by the next mount, or keep it from coming.
+    """
     missing = []
     while (info := stat_path(report, path)) is None:
         missing.append(path)
         path = os.path.dirname(path)
     if not info[2]:
         raise Fault(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
-    for folder in reversed(missing):
-        with naming(folder), contextlib.suppress(FileExistsError):
-            os.mkdir(folder, 0o755)
+    for made in reversed(missing):
+        with _folder(os.path.dirname(made), device) as folder, naming(made), contextlib.suppress(FileExistsError):
+            os.mkdir(os.path.basename(made), 0o755, dir_fd=folder)
+
+
+@contextlib.contextmanager
+def _folder(path: str, device: str | None) -> Iterator[int]:
+    """A descriptor of a directory that lies on `device`: what is made through it lies there too, or nowhere."""
+    with _opened(path, os.O_PATH | os.O_DIRECTORY) as folder:  # O_PATH asks the daemon for nothing
+        with naming(path):
+            found = os.fstat(folder).st_dev
+        if device not in (None, f"{os.major(found)}:{os.minor(found)}"):
+            raise Fault(errno.ENOTCONN, "the mount has gone: this is the directory underneath", path)
+        yield folder
 
 
 def remove_tree(report: Report, path: str) -> None:
@@ -301,10 +326,14 @@ def remove_tree(report: Report, path: str) -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: str, flags: int, mode: int = 0) -> Iterator[int]:
-    """A descriptor whose close() is checked: many stores upload there, and its result alone says whether they could."""
+def _opened(path: str, flags: int, mode: int = 0, folder: int | None = None) -> Iterator[int]:
+    """A descriptor whose close() is checked: many stores upload there, and its result alone says whether they could.
+
+    `folder`: a descriptor of the directory to open it in; its name there is the last part of `path`.
+    """
     with naming(path):
-        descriptor = os.open(path, flags | os.O_CLOEXEC, mode)
+        name = path if folder is None else os.path.basename(path)
+        descriptor = os.open(name, flags | os.O_CLOEXEC, mode, dir_fd=folder)
     try:
         yield descriptor
     except BaseException:
@@ -315,7 +344,7 @@ def _opened(path: str, flags: int, mode: int = 0) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _write(descriptor: int, block: bytes, path: str, offset: int) -> None:
+def _write(descriptor: int, block: bytes | memoryview, path: str, offset: int) -> None:
     view = memoryview(block)
     with naming(path, offset):
         while view:

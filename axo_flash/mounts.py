@@ -26,6 +26,11 @@ class Mount:
     identity: str = field(default="", compare=False)
 
     @property
+    def device(self) -> str:
+        """major:minor, as st_dev has it of what lies there."""
+        return self.identity.partition(" ")[2]
+
+    @property
     def is_fuse(self) -> bool:
         return self.fstype.startswith("fuse")
 

@@ -74,6 +74,7 @@ def run(config: Config, report: RunReport, checkpoints: Session, say: Say) -> No
     checkpoints.begin(data_fingerprint(data))
     with phase("model"):
         loaded = load_model(config, tokenizer)
+    checkpoints.require_room(loaded.checkpoint_bytes(config.optimizer, bool(config.adapter)))
     describe_inputs(report, config, loaded, data)
     meter = Meter()
     trainer = make_trainer(config, loaded, tokenizer, data, meter, checkpoints)

@@ -9,7 +9,7 @@ from axo_flash import mount_worker
 class FaultyOS:
     """`os` for the worker: the n-th call that has to do with the mount fails, once or from then on."""
 
-    CALLS = ("open", "pread", "write", "fstat", "stat", "lstat", "close", "fsync", "unlink", "rmdir", "mkdir", "listdir",
+    CALLS = ("open", "preadv", "write", "fstat", "stat", "lstat", "close", "fsync", "unlink", "rmdir", "mkdir", "listdir",
              "scandir", "statvfs")  # fmt: skip
 
     def __init__(self, mount, n=0, code=errno.EIO, forever=False):
@@ -21,9 +21,10 @@ class FaultyOS:
         if name not in self.CALLS:
             return real
 
-        def call(first, *rest):
-            if not (first in self.descriptors or str(first).startswith(self.mount)):
-                return real(first, *rest)
+        def call(first, *rest, **keys):
+            folder = keys.get("dir_fd")
+            if not (first in self.descriptors or folder in self.descriptors or str(first).startswith(self.mount)):
+                return real(first, *rest, **keys)
             self.calls.append(name)
             if name == "close":
                 self.descriptors.discard(first)
@@ -32,7 +33,7 @@ class FaultyOS:
                 if name == "close":  # Linux closes the descriptor, whatever close() answers
                     real(first)
                 raise OSError(self.code, os.strerror(self.code))
-            result = real(first, *rest)
+            result = real(first, *rest, **keys)
             if name == "open":
                 self.descriptors.add(result)
             return result

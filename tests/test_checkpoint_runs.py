@@ -20,11 +20,13 @@ from test_checkpoints import FaultyStorage
 from tiny_run import write_yaml
 
 from axo_flash import cli, train
-from axo_flash.checkpoints import CheckpointError, NotPublished, Session
+from axo_flash.checkpoints import CheckpointError, NotPublished, Session, room
 from axo_flash.checkpoints import writer as writer_module
 from axo_flash.checkpoints.manifest import MANIFEST, Manifest, verify_local
 from axo_flash.checkpoints.storage import LocalStorage
 from axo_flash.config import load_config
+from axo_flash.model import optimizer_bytes
+from axo_flash.trainer import RunTrainer
 
 TESTS = Path(__file__).parent
 KEYS = {
@@ -263,6 +265,25 @@ def test_a_damaged_newest_checkpoint_is_passed_over(directory, undisturbed):
     assert same(weights(out), undisturbed)
 
 
+def test_a_staged_checkpoint_of_a_killed_run_is_not_moved_while_it_is_read(directory, undisturbed, monkeypatch):
+    """Sealed, and killed before its rename: the next run goes on from it, however fast its threads publish."""
+    out = directory / "staged"
+    shutil.copytree(directory / "undisturbed", out)
+    shutil.rmtree(out / "checkpoint-8")
+    (out / ".staging" / "save-1-1").mkdir(parents=True)
+    (out / "checkpoint-6").rename(out / ".staging" / "save-1-1" / "checkpoint-6")
+    begin = Session.begin
+
+    def and_wait(self, data):
+        begin(self, data)
+        assert self.writer.wait(time.monotonic() + 60)
+
+    monkeypatch.setattr(Session, "begin", and_wait)
+    report = train.train(config(directory, "staged"), lambda text: None)
+    assert report.resumed_from == str(out / "checkpoint-6")
+    assert same(weights(out), undisturbed)
+
+
 def test_a_finished_run_started_again_trains_no_step_more(directory, undisturbed):
     said = []
     report = train.train(config(directory, "undisturbed"), said.append)
@@ -275,3 +296,39 @@ def test_a_finished_run_started_again_trains_no_step_more(directory, undisturbed
 def test_resume_true_without_a_checkpoint_is_an_error(directory):
     with pytest.raises(CheckpointError, match="resume_from_checkpoint: true, but there is no complete checkpoint"):
         train.train(config(directory, "nothing", resume_from_checkpoint=True), lambda text: None)
+
+
+# ----------------------------------------------------------------------------------------------------------- local disk
+
+
+def test_local_disk_is_looked_at_before_the_first_step(directory, mounted, monkeypatch):
+    mounted(LocalStorage())
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 20, 1 << 20, 1000))
+    monkeypatch.setattr(RunTrainer, "training_step", None)  # no step is to be taken
+    with pytest.raises(
+        CheckpointError, match=r"takes about 0\.00 GiB, and the local disk of .* set checkpoint_staging_path"
+    ):
+        train.train(config(directory, "no-room"), lambda text: None)
+
+
+def test_local_disk_that_may_get_short_is_said(directory, mounted, monkeypatch):
+    asked = []
+    require = Session.require_room
+    monkeypatch.setattr(Session, "require_room", lambda self, one: (asked.append(one), require(self, one)))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 2 * asked[-1]))
+    mounted(LocalStorage())
+    said = []
+    train.train(config(directory, "short", adapter=None, learning_rate=1e-4, max_steps=2), said.append)
+    assert sum("GiB free, and checkpoints of this run may take" in text for text in said) == 1
+    checkpoint = directory / "short" / "checkpoint-2"
+    real = sum((checkpoint / name).stat().st_size for name in ("model.safetensors", "optimizer.pt"))
+    assert real == pytest.approx(asked[-1], rel=0.1)
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 4 * asked[-1]))
+    said.clear()
+    Session(config(directory, "short"), said.append).require_room(asked[-1])
+    assert not said
+
+
+@pytest.mark.parametrize(("optimizer", "bytes_each"), [("adamw_torch", 8), ("adamw_bnb_8bit", 2), ("adafactor", 0)])
+def test_what_optimizers_keep(optimizer, bytes_each):
+    assert optimizer_bytes(optimizer, trained=10, element_size=4) == 10 * bytes_each

@@ -127,3 +127,55 @@ def test_a_fault_of_a_heartbeat_is_noted_and_the_next_one_goes_on(tmp_path):
     lease.beat()
     assert lease.last_fault is None and lease.number == 2
     lease.release()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_lease_whose_heartbeats_end_is_known_as_lost(tmp_path):
+    """Another run will take it: this one must not go on writing."""
+    storage = LocalStorage()
+    lease = Lease(str(tmp_path), storage, **FAST)
+    lease.acquire()
+    storage.listdir = lambda path: 1 / 0
+    end = time.monotonic() + 20
+    while lease.lost is None and time.monotonic() < end:
+        time.sleep(0.02)
+    with pytest.raises(CheckpointError, match="no longer renewed: division by zero"):
+        lease.require()
+    lease.release()
+
+
+def test_a_damaged_record_names_nobody(tmp_path):
+    lease = new_lease(tmp_path)
+    lease.acquire()
+    record = next((tmp_path / FOLDER).iterdir())
+    record.write_text(record.read_text().replace(str(os.getpid()), str(os.getpid() + 1), 1))
+    assert lease._read(lease.number) is None
+    lease.release()
+
+
+def test_a_heartbeat_that_failed_and_left_an_empty_file_is_not_another_run(tmp_path):
+    """As an upload at close does that fails: the name is there, without content."""
+
+    class Torn(LocalStorage):
+        broken = False
+
+        def write_new(self, path, data):
+            super().write_new(path, b"" if self.broken else data)
+            if self.broken:
+                raise OSError(5, "Input/output error", path)
+
+    storage = Torn()
+    lease = Lease(str(tmp_path), storage, heartbeat=60)
+    lease.acquire()
+    storage.broken = True
+    lease.beat()
+    lease.beat()
+    assert "Input/output error" in lease.last_fault
+    storage.broken = False
+    lease.beat()
+    lease.require()
+    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == [f"{lease.number:08}.json"]
+    with pytest.raises(CheckpointError, match="in use by another run: process"):
+        new_lease(tmp_path).acquire()
+    lease.release()
+    assert list((tmp_path / FOLDER).iterdir()) == []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -377,6 +379,78 @@ def test_a_helper_that_cannot_start_says_so(monkeypatch):
     monkeypatch.setattr(mount_helper.mount_worker, "__file__", "/absent/worker.py")
     with pytest.raises(RuntimeError, match=r"did not start .*/absent/worker.py, exit code 2"):
         MountIO().stat("/")
+
+
+def test_a_helper_that_is_killed_while_it_starts_is_replaced(places, monkeypatch, tmp_path):
+    """As the kernel does when memory runs out: no reason to give up what can be tried again."""
+    worker = tmp_path / "worker.py"
+    worker.write_text("import os; os.kill(os.getpid(), 9)")
+    real = mount_worker.__file__
+    monkeypatch.setattr(mount_helper.mount_worker, "__file__", str(worker))
+    with MountIO(timeout=60) as io:
+        threading.Timer(0.5, lambda: monkeypatch.setattr(mount_helper.mount_worker, "__file__", real)).start()
+        run_copy_in(io, *places)
+        assert io.stats.retries >= 1
+    monkeypatch.setattr(mount_helper.mount_worker, "__file__", str(worker))
+    with MountIO(timeout=0.2) as io, pytest.raises(MountError, match=r"EPIPE, the helper process .* exit code -9"):
+        io.stat("/")
+
+
+def test_what_lies_below_a_mount_that_went_away_says_nothing(places, monkeypatch):
+    """Between our look and the call the mount goes: the local directory underneath has no such file."""
+    mounts = [mount_io.find_mount(places[0]), dataclasses.replace(mount_io.find_mount(places[0]), identity="other")]
+    monkeypatch.setattr(mount_io, "find_mount", lambda path: mounts[0])
+
+    class Gone(InlineHelper):
+        def call(self, operation, arguments, heard, stall_timeout, path):
+            if not (places[0] / "file").exists():
+                mounts.reverse()
+                (places[0] / "hidden").rename(places[0] / "file")
+                raise Fault(errno.ENOENT, "No such file or directory", path)
+            return super().call(operation, arguments, heard, stall_timeout, path)
+
+    (places[0] / "file").rename(places[0] / "hidden")
+    io = MountIO(5.0, start_helper=Gone)
+    assert io.listdir(str(places[0])) == ["file", "tree"] and io.stats.retries == 1
+
+
+@pytest.mark.parametrize("operation", ["makedirs", "write_new", "copy_out"])
+def test_nothing_is_made_underneath_a_mount_that_has_just_gone(places, operation):
+    """The mount was there when we looked: the directory that is there now is on another device."""
+    mount, local = places
+    there = os.stat(mount).st_dev
+    arguments = {
+        "makedirs": {"path": str(mount / "a" / "b")},
+        "write_new": {"path": str(mount / "new"), "content": "", "ours": False},
+        "copy_out": {"src": str(local / "src"), "dst": str(mount / "new"), "ours": False},
+    }[operation]
+    before = sorted(mount.rglob("*"))
+    with pytest.raises(Fault, match="ENOTCONN, the mount has gone: this is the directory underneath"):
+        mount_worker.OPERATIONS[operation](lambda message: None, **arguments, device="0:0")
+    assert sorted(mount.rglob("*")) == before
+    device = f"{os.major(there)}:{os.minor(there)}"
+    mount_worker.OPERATIONS[operation](lambda message: None, **arguments, device=device)
+    assert sorted(mount.rglob("*")) != before
+
+
+def test_the_device_is_that_of_the_mount_that_was_seen(places, monkeypatch):
+    """Looked up once: a second look, when the mount has gone, would find the local disk and allow it."""
+    mount = dataclasses.replace(mount_io.find_mount(places[0]), fstype="fuse.test", identity="7 0:99")
+    looks = iter([mount])
+    monkeypatch.setattr(mount_io, "find_mount", lambda path: next(looks, dataclasses.replace(mount, fstype="ext4")))
+    with pytest.raises(MountError, match="the mount has gone: this is the directory underneath"):
+        inline(timeout=0.0).makedirs(str(places[0] / "a"))
+    assert not (places[0] / "a").exists()
+
+
+def test_pauses_leave_pythons_random_numbers_alone(places, monkeypatch):
+    """A training that draws from `random` must not depend on what a mount does meanwhile."""
+    random.seed(7)
+    before = random.getstate()
+    monkeypatch.setattr(mount_worker, "os", FaultyOS(places[0], 1))
+    run_copy_in(io := inline(), *places)
+    assert io.stats.retries == 1 and random.getstate() == before
+    assert all(0 <= mount_io._pause(tries) <= mount_io.LONGEST_PAUSE for tries in (1, 10, 5000))
 
 
 def test_mount_io_needs_no_torch():

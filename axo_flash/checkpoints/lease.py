@@ -8,6 +8,7 @@ machines are never compared.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -21,6 +22,7 @@ from axo_flash.checkpoints.resume import CheckpointError
 from axo_flash.checkpoints.storage import FAULTS, Storage
 
 FOLDER = ".lease"
+READ_AGAIN = 3
 HEARTBEAT, SILENCE = 20.0, 90.0  # seconds; the second is more than four of the first
 
 
@@ -69,6 +71,20 @@ def process_start(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
+def _owner(content: bytes) -> Owner | None:
+    """The owner in a lease file; None if it is not whole."""
+    try:
+        values = json.loads(content)
+        stated = values.pop("sha256", None)  # earlier versions wrote none
+        return Owner(**values) if stated in (None, _digest(values)) else None
+    except (ValueError, TypeError, AttributeError):
+        return None
+
+
+def _digest(values: dict[str, str | int]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 class Lease:
     """The right to write to an output directory; `acquire`, then `release`. `lost` says that another run took it."""
 
@@ -86,6 +102,7 @@ class Lease:
         self.heartbeat, self.silence, self.say = heartbeat, silence, say
         self.beat_storage = beat_storage or storage  # one that gives up soon: another heartbeat follows
         self.number: int | None = None
+        self._tried: set[int] = set()  # numbers of heartbeats: one that failed may have left a file that says nothing
         self.lost: str | None = None
         self.last_fault: str | None = None
         self._stop = threading.Event()
@@ -106,9 +123,10 @@ class Lease:
             if self._newest() > newest and not self._is_mine(newest + 1):
                 raise self._refusal(self._read(newest + 1)) from error
             raise
-        if not self._is_mine(self._newest()):
-            raise self._refusal(self._read(self._newest()))
-        self.number = newest + 1
+        newest = max(self._newest(), newest + 1)  # a listing may not show yet what has just been written
+        if not self._is_mine(newest):
+            raise self._refusal(self._read(newest))
+        self.number = newest
         self._remove_below(self.number)
         self.storage = self.beat_storage
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
@@ -168,17 +186,17 @@ class Lease:
 
     def _read(self, number: int) -> Owner | None:
         """Who wrote a number; None if it is torn (its writer died in the act) or gone."""
-        if self.storage.stat(self._path(number)) is None:
-            return None
-        try:
-            return Owner(**json.loads(self.storage.read_bytes(self._path(number), 1 << 16)))
-        except (ValueError, TypeError) as error:
-            if isinstance(error, FAULTS):
-                raise
-            return None
+        for _ in range(READ_AGAIN):  # bytes that a mount turned on the way must not name an owner who never was
+            if self.storage.stat(self._path(number)) is None:
+                return None
+            owner = _owner(self.storage.read_bytes(self._path(number), 1 << 16))
+            if owner is not None:
+                return owner
+        return None
 
     def _write(self, number: int) -> None:
-        self.storage.write_new(self._path(number), json.dumps(asdict(this_process())).encode())
+        values = asdict(this_process())
+        self.storage.write_new(self._path(number), json.dumps(values | {"sha256": _digest(values)}).encode())
 
     def _is_mine(self, number: int) -> bool:
         owner, me = self._read(number), this_process()
@@ -190,19 +208,25 @@ class Lease:
                 self.storage.remove_tree(self._path(old))
 
     def _beat(self) -> None:
-        while not self._stop.wait(self.heartbeat):
-            self.beat()
+        try:
+            while not self._stop.wait(self.heartbeat):
+                self.beat()
+        except BaseException as error:  # without heartbeats another run will take the lease: this one must know
+            self.lost = f"the lease on {self.root} is no longer renewed: {error}"
+            raise
 
     def beat(self) -> None:
         """One sign of life. A fault is noted and tried again at the next one: the mount may be away for a while."""
         try:
             newest = self._newest()
-            if newest > self.number and not self._is_mine(newest):
+            if newest > self.number and newest not in self._tried and not self._is_mine(newest):
                 self.lost = str(self._refusal(self._read(newest)))
                 self._stop.set()
                 return
-            self._write(max(newest, self.number) + 1)
-            self.number = max(newest, self.number) + 1
+            number = max(newest, self.number) + 1
+            self._tried.add(number)
+            self._write(number)
+            self.number = number
             self._remove_below(self.number)
             self.last_fault = None
         except FAULTS as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -11,11 +12,22 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from axo_flash.checkpoints.manifest import LARGEST, MANIFEST, Broken, Manifest, check_file, read_local, verify_local
+from axo_flash.checkpoints.manifest import (
+    LARGEST,
+    MANIFEST,
+    Broken,
+    FileEntry,
+    Manifest,
+    check_file,
+    read_local,
+    verify_local,
+)
 from axo_flash.checkpoints.storage import FAULTS, LocalStorage, Storage, sync
+from axo_flash.mount_io import MountError
 
 LOG = logging.getLogger(__name__)
 STARTED = "started.json"  # the first file of a checkpoint on a mount: while it is there, nobody finished it
+READ_AGAIN = 3  # times that wrong bytes from a mount are read again, if they are others each time
 CHECKPOINT = re.compile(r"checkpoint-(\d+)(?:\.\d+)?")
 
 
@@ -170,10 +182,20 @@ class MountedOutput(Output):
         return name
 
     def clear_debris(self) -> None:
-        """Remove what failed tries of this run left; a fault is raised: the mount is not well."""
+        """Remove what failed tries of this run left; a fault is raised: the mount is not well.
+
+        What cannot be removed because a call hangs in it stays for a later time: its name is not used again, and the
+        rest of the mount may be well.
+        """
         for name in sorted(self.debris):
-            if self.storage.stat(self.path(name)) is not None:
-                self.remove(name)
+            try:
+                if self.storage.stat(self.path(name)) is not None:
+                    self.remove(name)
+            except MountError as error:
+                if error.code != errno.ETIMEDOUT:
+                    raise
+                LOG.warning("what a failed try left in %s stays for now: %s", self.path(name), error)
+                continue
             self.debris.discard(name)
 
     def copy_files(self, staged: Path, manifest: Manifest, target: str) -> None:
@@ -197,7 +219,30 @@ class MountedOutput(Output):
             local.parent.mkdir(parents=True, exist_ok=True)
             if self.storage.stat(os.path.join(self.path(name), file)) is None:
                 raise Broken(f"{file} is missing")
-            copied = self.storage.copy_in(os.path.join(self.path(name), file), str(local))
-            check_file(file, entry, copied.size, copied.sha256)
+            self._bring_file(name, file, entry, local)
         (target / MANIFEST).write_bytes(manifest.to_bytes())
         return target
+
+    def _bring_file(self, name: str, file: str, entry: FileEntry, local: Path) -> None:
+        """One file of a checkpoint. Wrong bytes are read again: the same ones twice are damage, others a fault on the way."""
+        seen: set[str] = set()
+        while True:
+            copied = self.storage.copy_in(os.path.join(self.path(name), file), str(local))
+            try:
+                return check_file(file, entry, copied.size, copied.sha256)
+            except Broken as error:
+                if copied.sha256 in seen or len(seen) == READ_AGAIN:
+                    raise
+                seen.add(copied.sha256)
+                LOG.warning("%s: %s; read again", self.path(name), error)
+
+    def manifest(self, name: str) -> Manifest:
+        """As above; one that is damaged is read again, for the same reason."""
+        for _ in range(READ_AGAIN):
+            try:
+                return super().manifest(name)
+            except Broken as error:
+                if self.storage.stat(os.path.join(self.path(name), MANIFEST)) is None:
+                    raise
+                LOG.warning("%s: %s; read again", self.path(name), error)
+        return super().manifest(name)

@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from axo_flash.checkpoints.resume import (
     require_same_data,
     survey,
 )
+from axo_flash.checkpoints.room import require_room
 from axo_flash.checkpoints.shelf import Shelf, next_generation
 from axo_flash.checkpoints.storage import FAULTS, LocalStorage, Storage
 from axo_flash.checkpoints.writer import NotPublished, Writer, until
@@ -162,6 +164,10 @@ class Session:
             for skipped in self.found.skipped:
                 self.say(f"skipped {skipped}")
             require_same_config(self.found, identity_of(self.config))
+            if not self.mounted and self.found.local.is_relative_to(self.staging):
+                # now, and not beside training: the trainer reads it where it will stay
+                path = self.output.path(self.output.publish(self.found.local))
+                self.found = replace(self.found, source=path, local=Path(path))
             self.say(f"going on from {self.found.source}, verified")
         return self.found
 
@@ -188,6 +194,11 @@ class Session:
             else:
                 self.say(f"left in staging by an earlier run, and not touched: {path}")
         remove_empty(self.staging)
+
+    def require_room(self, one: int) -> None:
+        """Raise CheckpointError if local disk cannot take a checkpoint of `one` bytes; say so if it may get short."""
+        if self.config.save_schedule()[0] != "no":
+            require_room(self.staging, one, self.say)
 
     # ------------------------------------------------------------------------------------------------------- during
 

@@ -59,7 +59,7 @@ class Writer:
         """End both threads once all is published; raises NotPublished at the deadline, with what is where."""
         done = self.wait(deadline)
         self.stop()
-        if not done:
+        if not (done or self._idle()):
             raise NotPublished(self.explain())
         self.shelf.forget_staged()
         remove_empty(self.shelf.staging)

@@ -35,8 +35,9 @@ ATTRIBUTE_CACHE_SECONDS = 6.0
 class Transfer:
     """What it took to bring the files of a run from their mounts: for the report.
 
-    `verified` counts the files whose sha256 a manifest named; `seconds` is wall time, checks and waiting included;
-    `retries` counts calls that were tried again, `stalls` those among them that hung.
+    `verified` counts the files whose sha256 a manifest named; `complete` says that manifests name these files and no
+    other that is there, so that no name can have been missing from a listing; `seconds` is wall time, checks and waiting
+    included; `retries` counts calls that were tried again, `stalls` those among them that hung.
     """
 
     files: int
@@ -45,6 +46,7 @@ class Transfer:
     retries: int
     stalls: int
     verified: int
+    complete: bool = False
 
 
 @dataclasses.dataclass
@@ -66,7 +68,7 @@ def bring(files: list[tuple[DataFile, Path]], io: MountIO) -> tuple[list[LocalCo
     MountError for a mount that fails for longer than `data_timeout`.
     """
     started = time.monotonic()
-    expected = _manifests([file for file, _ in files], io)
+    expected, unlisted = _manifests([file for file, _ in files], io)
     jobs = []
     for file, directory in files:
         size = io.stat(file.path, listed=True).size
@@ -82,6 +84,7 @@ def bring(files: list[tuple[DataFile, Path]], io: MountIO) -> tuple[list[LocalCo
         retries=io.stats.retries,
         stalls=io.stats.stalls,
         verified=sum(job.sha256 is not None for job in jobs),
+        complete=not unlisted and all(job.sha256 is not None for job in jobs),
     )
     return [job.copy for job in jobs], transfer
 
@@ -146,22 +149,27 @@ def _settle(jobs: list[_Job], io: MountIO) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ manifest
-def _manifests(files: list[DataFile], io: MountIO) -> dict[str, str]:
-    """path -> sha256, from `sha256sum` manifests in the folders of the files and the folder that holds them all."""
+def _manifests(files: list[DataFile], io: MountIO) -> tuple[dict[str, str], set[str]]:
+    """(path -> sha256, data files named there that are not among `files`), from `sha256sum` manifests in the folders of
+    the files and the folder that holds them all."""
     folders = {os.path.dirname(file.path) for file in files}
     folders.add(os.path.commonpath(folders))
     mine = {file.path for file in files}
     expected: dict[str, str] = {}
+    unlisted: set[str] = set()
     for folder in sorted(folders, key=len):  # the manifest that lies nearest to a file decides
-        names = io.listdir(folder)
+        # asked for by name too: a listing that is out of date may lack what decides whether it is
+        there = (name for name in MANIFESTS if io.stat(os.path.join(folder, name)) is not None)
+        names = sorted({*io.listdir(folder), *there})
         singles = {f"{os.path.basename(path)}.sha256" for path in mine if os.path.dirname(path) == folder}
         for name in names:
             if name in MANIFESTS or name in singles:
                 manifest = os.path.join(folder, name)
                 entries = _parsed(manifest, io.read_bytes(manifest, MANIFEST_BYTES))
-                _refuse_missing(manifest, entries, mine, io)
+                unlisted |= {path for path in set(entries) - mine if Path(path).suffix in FORMAT_OF_EXTENSION}
+                _refuse_missing(manifest, unlisted, io)
                 expected |= {path: sha256 for path, sha256 in entries.items() if path in mine}
-    return expected
+    return expected, unlisted
 
 
 def _parsed(manifest: str, content: bytes) -> dict[str, str]:
@@ -180,10 +188,10 @@ def _parsed(manifest: str, content: bytes) -> dict[str, str]:
     return entries
 
 
-def _refuse_missing(manifest: str, entries: dict[str, str], mine: set[str], io: MountIO) -> None:
+def _refuse_missing(manifest: str, unlisted: set[str], io: MountIO) -> None:
     """Raise DataError for a data file that the manifest names and that is not there: rows would be missing."""
-    for path in sorted(set(entries) - mine):
-        if Path(path).suffix in FORMAT_OF_EXTENSION and io.stat(path) is None:
+    for path in sorted(unlisted):
+        if io.stat(path) is None:
             raise DataError(
                 f"{manifest} names {path}, which is not there: the data is incomplete, or a listing of the mount is out "
                 "of date. Upload it, or take its line out of the manifest."

@@ -17,12 +17,13 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from axo_flash.data import records
+from axo_flash.data import mounted, records
 from axo_flash.data.document import RowError
 from axo_flash.data.files import DataError, DataFile, LocalCopy, fetch, find_mount, list_files, split_name
 from axo_flash.data.formats import RowEncoder, fit, make_encoder
@@ -144,30 +145,63 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 # --------------------------------------------------------------------------------------------------------------- read
 def _read(config: Config, work: Path) -> tuple[list[Origin], Transfer | None]:
-    """Every file of every dataset, copied to `work` and hashed; all names are checked before the first one is read."""
-    origins: list[Origin] = []
-    mounted: list[tuple[Origin, Path]] = []
+    """Every file of every dataset, copied to `work` and hashed.
+
+    Files on mounts are listed once more when no cache can answer as it did: a name that a listing lacked would be rows
+    that are missing, and nobody would know.
+    """
     with MountIO(config.data_timeout, config.stall_timeout) as io:
-        listed = [list_files(dataset, config.data_mount, io) for dataset in config.datasets]
-        for index, (dataset, files) in enumerate(zip(config.datasets, listed, strict=True)):
-            for file in files:
-                folder = work / f"{index}-{len(origins)}"
-                folder.mkdir()
-                if file.mount.is_remote:
-                    origins.append(Origin(index, file.path, 0, "", str(file.mount), file))
-                    mounted.append((origins[-1], folder))
-                    continue
-                copy = fetch(file, folder)
-                origins.append(Origin(index, file.path, copy.size, copy.sha256, str(file.mount), file, copy))
-            if not files:
-                table = _from_hub(dataset)
-                origins.append(
-                    Origin(index, dataset.path, table.dataset_size or 0, table._fingerprint, None, table=table)
+        deadline = time.monotonic() + config.data_timeout + mounted.ATTRIBUTE_CACHE_SECONDS
+        listed, listed_at = _list(config, io), time.monotonic()
+        while True:
+            origins, transfer = _copy(config, listed, work, io)
+            if transfer is None or transfer.complete:
+                return origins, transfer
+            time.sleep(max(0.0, listed_at + mounted.ATTRIBUTE_CACHE_SECONDS - time.monotonic()))
+            again, listed_at = _list(config, io), time.monotonic()
+            names, now = ({file.path for files in both for file in files} for both in (listed, again))
+            if now <= names:  # one that is not listed any more was there, and has been read whole
+                return origins, transfer
+            new = ", ".join(sorted(now - names)[:5])
+            if time.monotonic() > deadline:
+                raise DataError(
+                    f"the files of the datasets keep changing: {new} came while the others were read. Wait until all "
+                    "are written, or name them one by one in data_files."
                 )
-        if not mounted:
-            return origins, None
-        copies, transfer = bring([(origin.file, folder) for origin, folder in mounted], io)
-    for (origin, _), copy in zip(mounted, copies, strict=True):
+            LOG.warning("%s was not listed at first: all is read again", new)
+            listed = again
+            for folder in work.iterdir():
+                shutil.rmtree(folder)
+
+
+def _list(config: Config, io: MountIO) -> list[list[DataFile]]:
+    """The files of every dataset: all names are checked before the first one is read."""
+    return [list_files(dataset, config.data_mount, io) for dataset in config.datasets]
+
+
+def _copy(
+    config: Config, listed: list[list[DataFile]], work: Path, io: MountIO
+) -> tuple[list[Origin], Transfer | None]:
+    """Bring what is listed to `work`."""
+    origins: list[Origin] = []
+    on_mounts: list[tuple[Origin, Path]] = []
+    for index, (dataset, files) in enumerate(zip(config.datasets, listed, strict=True)):
+        for file in files:
+            folder = work / f"{index}-{len(origins)}"
+            folder.mkdir()
+            if file.mount.is_remote:
+                origins.append(Origin(index, file.path, 0, "", str(file.mount), file))
+                on_mounts.append((origins[-1], folder))
+                continue
+            copy = fetch(file, folder)
+            origins.append(Origin(index, file.path, copy.size, copy.sha256, str(file.mount), file, copy))
+        if not files:
+            table = _from_hub(dataset)
+            origins.append(Origin(index, dataset.path, table.dataset_size or 0, table._fingerprint, None, table=table))
+    if not on_mounts:
+        return origins, None
+    copies, transfer = bring([(origin.file, folder) for origin, folder in on_mounts], io)
+    for (origin, _), copy in zip(on_mounts, copies, strict=True):
         origin.copy, origin.size, origin.sha256 = copy, copy.size, copy.sha256
     return origins, transfer
 

@@ -1,83 +1,17 @@
 """A real FUSE mount of the fault-injecting file system for every test that asks for one."""
 
-import dataclasses
-import importlib.util
-import json
-import os
-import shutil
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import pytest
-
-from axo_flash.mounts import find_mount
-
-FUSERMOUNT = shutil.which("fusermount3") or shutil.which("fusermount")
-
-
-def why_not():
-    """Why no FUSE mount can be made here, or None."""
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        return "/dev/fuse is missing or may not be opened"
-    if FUSERMOUNT is None:
-        return "fusermount3 is missing (apt-get install fuse3)"
-    if importlib.util.find_spec("mfusepy") is None:
-        return "mfusepy is missing (pip install mfusepy)"
-    return None
-
-
-@dataclasses.dataclass
-class FaultMount:
-    """The mount at `point`, the directory `backing` behind it, and its rules."""
-
-    backing: Path
-    point: Path
-    folder: Path
-    daemon: subprocess.Popen | None = None
-
-    def start(self):
-        """Mount it and wait until it is in the kernel's table."""
-        command = [sys.executable, str(Path(__file__).with_name("fault_fs.py"))]
-        command += [str(self.backing), str(self.point), str(self.folder / "rules.json"), str(self.folder / "log")]
-        self.daemon = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
-        for _ in range(200):
-            if find_mount(self.point).mount_point == str(self.point):
-                return
-            if self.daemon.poll() is not None:
-                pytest.skip(f"FUSE cannot be mounted here: {self.daemon.stderr.read().decode()[-300:]}")
-            time.sleep(0.05)
-        raise AssertionError("the mount did not appear in 10 s")
-
-    def fail(self, *rules):
-        """From now on these rules hold; none: no faults."""
-        staging = self.folder / "rules.new"
-        staging.write_text(json.dumps(rules))
-        staging.replace(self.folder / "rules.json")
-
-    def faults(self):
-        """One line for every fault that was injected."""
-        log = self.folder / "log"
-        return log.read_text().splitlines() if log.exists() else []
-
-    def stop(self):
-        """Thaw it, detach it, end the daemon."""
-        self.fail()
-        subprocess.run([FUSERMOUNT, "-uz", str(self.point)], check=False, stderr=subprocess.DEVNULL)
-        if self.daemon is not None:
-            self.daemon.kill()
-            self.daemon.wait(timeout=20)
+from fault_mount import FaultMount, NoMount, why_not
 
 
 @pytest.fixture
 def mount(tmp_path):
     if reason := why_not():
         pytest.skip(reason)
-    made = FaultMount(tmp_path / "backing", tmp_path / "mnt", tmp_path / "control")
-    for folder in (made.backing, made.point, made.folder):
-        folder.mkdir()
-    made.fail()
-    made.start()
+    made = FaultMount.below(tmp_path)
+    try:
+        made.start()
+    except NoMount as error:
+        pytest.skip(str(error))
     yield made
     made.stop()

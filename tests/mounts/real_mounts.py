@@ -106,6 +106,10 @@ class Daemon:
     def require(self) -> None:
         assert self.lives(), f"{self.command[0]} has ended: {self.log.read_text(errors='replace')[-600:]}"
 
+    def signal(self, number: int) -> None:
+        """To all of its processes: SIGSTOP freezes it, SIGCONT thaws it."""
+        os.killpg(self.process.pid, number)
+
     def kill(self) -> None:
         """SIGKILL: nothing is flushed, nothing is said goodbye to."""
         if self.process is not None:

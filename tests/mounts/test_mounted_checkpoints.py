@@ -94,3 +94,50 @@ def test_a_second_run_is_refused(directory, mount, undisturbed):
     with Session(settings), pytest.raises(CheckpointError, match="in use by another run"):
         train(settings, lambda text: None)
     assert os.listdir(mount.backing / "out" / ".lease") == []
+
+
+def test_the_training_process_never_touches_the_mount(directory, mount, undisturbed, tmp_path):
+    """Of all processes that ask the mount for anything, at any time of a run and of one that goes on from it, none is
+    the one that trains: neither our code there, nor that of transformers, peft or datasets."""
+    data = mount.backing / "data"
+    data.mkdir()
+    (data / "chats.jsonl").write_bytes((directory / "chats.jsonl").read_bytes())
+    keys = {"datasets": [{"path": str(mount.point / "data" / "*.jsonl"), "type": "chat_template"}]}
+    keys |= {"data_mount": str(mount.point), "dataset_prepared_path": str(tmp_path / "prepared"), "save_total_limit": 1}
+    run(directory, mount, **keys)
+    for path in (mount.backing / "out").glob("checkpoint-6*/manifest.json"):
+        path.write_bytes(b"{}")  # the one before it is gone: this one is looked at, and refused
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        run(directory, mount, **keys)
+    os.listdir(mount.point / "data")  # here, the control: this process is known when it does touch it
+    assert os.getpid() in mount.callers()
+    (mount.folder / "log.callers").unlink()
+    run(directory, mount, **(keys | {"auto_resume_from_checkpoints": False}))
+    assert os.getpid() not in mount.callers() and mount.callers()
+
+
+def test_a_write_that_hangs_for_ever_does_not_keep_the_next_checkpoint_away(directory, mount, undisturbed):
+    mount.fail({"op": "flush", "action": "hang", "path": "*/checkpoint-2/optimizer.pt", "count": 1})
+    report, _ = run(directory, mount, save_total_limit=9, data_timeout=1.0, stall_timeout=0.4, checkpoint_timeout=20.0)
+    mount.fail()
+    assert {2} <= set(report.checkpoints["never_published"]) <= {2, 4}
+    out = mount.backing / "out"  # what the call that hangs holds of checkpoint-2 may be there still, without a manifest
+    assert verify_local(out / "checkpoint-6").step == 6 and not (out / "checkpoint-2" / "manifest.json").exists()
+    assert same(load_file(out / "adapter_model.safetensors"), undisturbed)
+
+
+@pytest.mark.parametrize("path", ["*/optimizer.pt", "*/manifest.json"])
+def test_bits_that_turn_on_the_way_back_are_read_again(directory, mount, undisturbed, path):
+    run(directory, mount, save_total_limit=9, max_steps=6)
+    mount.fail({"op": "read", "action": "flip", "path": path, "count": 1})
+    report, said = run(directory, mount)
+    assert len(mount.faults()) == 1 and not any("skipped" in text for text in said)
+    assert report.resumed_from == str(mount.point / "out" / "checkpoint-6")
+
+
+@pytest.mark.parametrize("rule", [{"op": "read", "action": "flip"}, {"op": "list", "action": "hide"}])
+def test_a_lease_that_is_misread_is_not_another_run(directory, mount, undisturbed, rule):
+    mount.fail(rule | {"path": "*/.lease/*", "count": 2})
+    run(directory, mount)
+    assert len(mount.faults()) == 2
+    check(mount, undisturbed)

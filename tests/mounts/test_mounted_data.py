@@ -21,6 +21,7 @@ import golden_cases as golden
 from axo_flash import mount_io
 from axo_flash.config import Config, DatasetConfig
 from axo_flash.data import mounted
+from axo_flash.data import prepared as prepared_module
 from axo_flash.data.dataset import DataError, prepare_data
 from axo_flash.mount_io import MountError, MountIO
 from axo_flash.mounts import find_mount, real_place
@@ -200,6 +201,31 @@ def test_data_that_is_not_what_the_manifest_says_is_refused(mount, prepared, con
     manifest(mount, content, more)
     with pytest.raises(DataError, match=message):
         prepared()
+
+
+@pytest.mark.parametrize("names", [["more.jsonl"], ["more.jsonl", "SHA256SUMS"]], ids=["plain", "with a manifest"])
+def test_a_name_that_a_listing_lacks_is_noticed(mount, prepared, names):
+    """Without it there would be fewer rows, and nobody would know."""
+    (mount.backing / "more.jsonl").write_bytes(TEXT)
+    if "SHA256SUMS" in names:
+        digest = hashlib.sha256(TEXT).hexdigest()
+        manifest(mount, more=f"{digest}  more.jsonl\n")
+    mount.fail(*({"op": "list", "action": "hide", "path": f"*/{name}", "count": 1} for name in names))
+    report = prepared().report
+    assert report.rows_read == 2 * len(ROWS) and len(mount.faults()) == len(names)
+
+
+def test_a_file_that_is_never_there_twice_is_refused(mount, prepared, monkeypatch):
+    """A directory that others still write to: every listing has a new name."""
+    real, made = prepared_module._list, []
+
+    def growing(config, io):
+        made.append((mount.backing / f"new-{len(made)}.jsonl").write_bytes(TEXT))
+        return real(config, io)
+
+    monkeypatch.setattr(prepared_module, "_list", growing)
+    with pytest.raises(DataError, match=r"keep changing: .*new-\d.jsonl came while the others were read"):
+        prepared(data_timeout=0.5)
 
 
 def test_too_little_local_disk_is_said_before_anything_is_read(mount, prepared, monkeypatch):

@@ -1,4 +1,4 @@
-"""Data and checkpoints on real mounts of real S3 servers, whose daemons and stores are killed and come back."""
+"""Data and checkpoints on real mounts of real S3 servers, whose daemons and stores are killed or frozen and come back."""
 
 from __future__ import annotations
 
@@ -66,21 +66,38 @@ def real(stack, monkeypatch, tmp_path):
     return stack
 
 
-class Blow:
-    """Kills the daemon or the store of a stack, once, and brings it back after a second."""
+# what happens to a stack in the middle of things; frozen: no call is answered, and none fails
+BLOWS = ["daemon killed", "store killed", "daemon frozen", "store frozen"]
+FROZEN, STALL = 4.0, 1.5  # seconds that a freeze lasts, and after which a helper is left behind then
 
-    def __init__(self, real, victim):
-        self.real, self.victim, self.thread = real, victim, None
+
+class Blow:
+    """Kills or freezes the daemon or the store of a stack, once, and brings it back after a while."""
+
+    def __init__(self, real, what):
+        self.real, self.thread = real, None
+        victim, _, how = what.partition(" ")
+        self.victim, self.freezes = (real.daemon if victim == "daemon" else real.store.daemon), how == "frozen"
+
+    @property
+    def stall_timeout(self):
+        """Shorter than a freeze, so that helpers are left behind in it."""
+        return STALL if self.freezes else 20.0
 
     def fall(self, at=MIDDLE):
         """For a copy that has come to byte `at`."""
         if self.thread is None and at >= MIDDLE:
-            (self.real.daemon if self.victim == "daemon" else self.real.store.daemon).kill()
+            if self.freezes:
+                self.victim.signal(signal.SIGSTOP)
+            else:
+                self.victim.kill()
             self.thread = threading.Thread(target=self._mend)
             self.thread.start()
 
     def _mend(self):
-        time.sleep(1.0)
+        time.sleep(FROZEN if self.freezes else 1.0)
+        if self.freezes:
+            self.victim.signal(signal.SIGCONT)
         self.real.revive()
 
     def over(self):
@@ -112,30 +129,31 @@ def test_data_that_another_client_stored(real, tmp_path):
     assert not any(os.path.realpath(link).startswith(str(real.point)) for link in Path("/proc/self/fd").iterdir())
 
 
-@pytest.mark.parametrize("victim", ["daemon", "store"])
-def test_a_copy_in_whose_mount_breaks_in_the_middle(real, tmp_path, victim):
-    name = f"in-{victim}"
+@pytest.mark.parametrize("what", BLOWS)
+def test_a_copy_in_whose_mount_breaks_in_the_middle(real, tmp_path, what):
+    name = f"in-{what.replace(' ', '-')}"
     real.put(name, LARGE)
-    blow = Blow(real, victim)
-    with MountIO(timeout=90, stall_timeout=20) as io:
+    blow = Blow(real, what)
+    with MountIO(timeout=90, stall_timeout=blow.stall_timeout) as io:
         copied = io.copy_in(str(real.point / name), str(tmp_path / "local"), blow.fall, listed=True)
         blow.over()
     assert (tmp_path / "local").read_bytes() == LARGE
     assert copied.sha256 == hashlib.sha256(LARGE).hexdigest()
-    assert victim == "store" or io.stats.retries >= 1
+    assert "store" in what or io.stats.retries >= 1
+    assert what != "daemon frozen" or io.stats.stalls >= 1
 
 
-@pytest.mark.parametrize("victim", ["daemon", "store"])
-def test_a_copy_out_whose_mount_breaks_in_the_middle(real, tmp_path, victim):
+@pytest.mark.parametrize("what", BLOWS)
+def test_a_copy_out_whose_mount_breaks_in_the_middle(real, tmp_path, what):
     (tmp_path / "local").write_bytes(LARGE)
-    blow = Blow(real, victim)
-    with MountIO(timeout=90, stall_timeout=20) as io:
-        io.makedirs(str(real.point / f"out-{victim}"))
-        copied = io.copy_out(str(tmp_path / "local"), str(real.point / f"out-{victim}" / "new"), blow.fall)
+    folder, blow = f"out-{what.replace(' ', '-')}", Blow(real, what)
+    with MountIO(timeout=90, stall_timeout=blow.stall_timeout) as io:
+        io.makedirs(str(real.point / folder))
+        copied = io.copy_out(str(tmp_path / "local"), str(real.point / folder / "new"), blow.fall)
         blow.over()
     assert copied.sha256 == hashlib.sha256(LARGE).hexdigest()
     # a write cache answers the reading back: what it holds is stored soon after
-    wait_for(lambda: real.store.objects(f"out-{victim}").get("new") == LARGE, "it is in the store")
+    wait_for(lambda: real.store.objects(folder).get("new") == LARGE, "it is in the store")
 
 
 # ------------------------------------------------------------------------------------------------------- training there
@@ -150,14 +168,14 @@ def undisturbed(directory):
     return load((directory / "undisturbed" / "adapter_model.safetensors").read_bytes())
 
 
-def yaml_of(directory, real, name):
+def yaml_of(directory, real, name, **changes):
     """A run with its data and its output on the mount."""
     text = write_chats(directory / "chats.jsonl").read_bytes()
     real.put(f"{name}-data/chats.jsonl", text)
     real.put(f"{name}-data/SHA256SUMS", manifest_of({"chats.jsonl": text}))
     data = [{"path": str(real.point / f"{name}-data" / "chats.jsonl"), "type": "chat_template"}]
     keys = KEYS | QUICK | {"datasets": data, "output_dir": str(real.point / name), "data_mount": str(real.point)}
-    return write_yaml(directory, **keys)
+    return write_yaml(directory, **(keys | changes))
 
 
 def checkpoints_in(objects, folder):
@@ -211,10 +229,10 @@ def test_a_run_that_is_killed_and_resumed(real, directory, undisturbed, tmp_path
     check(real, "killed", undisturbed, tmp_path)
 
 
-@pytest.mark.parametrize("victim", ["daemon", "store"])
-def test_a_run_whose_mount_breaks(real, directory, undisturbed, tmp_path, monkeypatch, victim):
+@pytest.mark.parametrize("what", BLOWS[:3])
+def test_a_run_whose_mount_breaks(real, directory, undisturbed, tmp_path, monkeypatch, what):
     """While the first checkpoint is copied. Training goes on, and in the end all is there."""
-    blow, plain = Blow(real, victim), MountIO.copy_out
+    name, blow, plain = what.replace(" ", "-"), Blow(real, what), MountIO.copy_out
 
     def copy_out(self, source, target, *arguments):
         if "checkpoint-" in target and "safetensors" in target:
@@ -222,10 +240,11 @@ def test_a_run_whose_mount_breaks(real, directory, undisturbed, tmp_path, monkey
         return plain(self, source, target, *arguments)
 
     monkeypatch.setattr(MountIO, "copy_out", copy_out)
-    report = train(load_config(yaml_of(directory, real, f"broken-{victim}")), lambda text: None)
+    path = yaml_of(directory, real, name, stall_timeout=blow.stall_timeout)
+    report = train(load_config(path), lambda text: None)
     blow.over()
     assert report.status == "finished"
-    check(real, f"broken-{victim}", undisturbed, tmp_path)
+    check(real, name, undisturbed, tmp_path)
 
 
 # last, since the store has to be started again after it
