@@ -19,6 +19,7 @@ NEUTRAL = {
         "demo",
         "dataset_prepared_path",
         "dataset_num_proc",
+        "streaming_prefetch_shards",
         "trust_remote_code",
         "plugins",
     ),

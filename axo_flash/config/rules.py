@@ -98,6 +98,49 @@ def _packing_or_grouping(config: "Config") -> Problems:
         yield "group_by_length", "excludes sample_packing: packed rows are of one length already; set it to false"
 
 
+@_reads("streaming", "streaming_multipack_buffer_size", "streaming_prefetch_shards", "sample_packing")
+def _keys_of_streaming(config: "Config") -> Problems:
+    for key in ("streaming_multipack_buffer_size", "streaming_prefetch_shards"):
+        if getattr(config, key) and not config.streaming:
+            yield key, "acts with streaming: true alone; set it, or remove this"
+    if config.streaming and config.streaming_multipack_buffer_size and not config.sample_packing:
+        yield "streaming_multipack_buffer_size", "acts with sample_packing: true alone; set it, or remove this"
+
+
+@_reads("streaming", "max_steps", "val_set_size", "group_by_length", "demo")
+def _streaming_excludes(config: "Config") -> Problems:
+    if not config.streaming:
+        return
+    if not config.max_steps:
+        yield "streaming", "needs max_steps, as the number of rows is not known before they are read; set max_steps"
+    if config.val_set_size:
+        yield "val_set_size", "rows cannot be held out of a stream, whose rows are not known beforehand; set it to 0"
+    if config.group_by_length:
+        yield "group_by_length", "a stream has no lengths to sort by before it is read; set it to false"
+    if config.demo:
+        yield "streaming", "the demo's mount is gone when training begins; set it to false, or demo: false"
+
+
+@_reads("streaming", "saves_per_epoch", "save_strategy")
+def _streaming_knows_no_epochs(config: "Config") -> Problems:
+    if config.streaming and config.saves_per_epoch:
+        yield "saves_per_epoch", "the length of an epoch is not known with streaming: true; use save_steps"
+    if config.streaming and config.save_strategy == "epoch":
+        yield "save_strategy", "the length of an epoch is not known with streaming: true; use save_steps"
+
+
+@_reads("streaming", "datasets")
+def _whole_files_are_streamed(config: "Config") -> Problems:
+    for index, dataset in enumerate(config.datasets if config.streaming else []):
+        if dataset.shards or "[" in (dataset.split or ""):
+            key = "shards" if dataset.shards else "split"
+            yield (
+                "datasets",
+                f"entry {index}: {key} chooses among all rows of a dataset, and streaming: true reads whole files one by "
+                "one; remove it, and name the files with path or data_files",
+            )
+
+
 @_reads("data_timeout", "stall_timeout")
 def _time_to_try_again(config: "Config") -> Problems:
     if config.stall_timeout >= config.data_timeout:

@@ -145,9 +145,17 @@ class Config:
     )
     demo: bool = key(flag, "Prepare the demo's model and data, under the paths of this file, before the run.", False)
     dataset_prepared_path: str | None = key(
-        file_path, "Where tokenised data is cached: a local disk, not a mount; null chooses."
+        file_path, "Where tokenised data is kept: a local disk, not a mount; null chooses."
     )
     dataset_num_proc: int | None = key(integer(1), "Processes that tokenise; null takes all cores.")
+    # null, not false: checkpoints of versions without these keys are of runs that did not stream
+    streaming: bool | None = key(flag, "Read data files one by one while training, never all at once; needs max_steps.")
+    streaming_multipack_buffer_size: int | None = key(
+        integer(1), "streaming: documents of a file that are packed together; null is 10000."
+    )
+    streaming_prefetch_shards: int | None = key(
+        integer(1), "streaming: files made ready on local disk beside the one in use; null is 1."
+    )
     val_set_size: int | float = key(
         count_or_fraction(zero=True), "Rows held out to evaluate on: a count, or a fraction below 1.", 0
     )

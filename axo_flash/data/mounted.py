@@ -59,14 +59,18 @@ class _Job:
     copied_at: float = 0.0
 
 
-def bring(files: list[tuple[DataFile, Path]], io: MountIO) -> tuple[list[LocalCopy], Transfer]:
+def bring(
+    files: list[tuple[DataFile, Path]], io: MountIO, expected: dict[str, str] | None = None
+) -> tuple[list[LocalCopy], Transfer]:
     """Copy every file into the directory named with it, in the order given.
 
+    `expected` are the hashes of `expected_hashes` for a data set of which these files are a part; None: look for them.
     Raises DataError for files that keep changing, do not fit on the local disk or are not what their manifest says, and
     MountError for a mount that fails for longer than `data_timeout`.
     """
     started = time.monotonic()
-    expected = _manifests([file for file, _ in files], io)
+    if expected is None:
+        expected = expected_hashes([file for file, _ in files], io)
     jobs = []
     for file, directory in files:
         size = io.stat(file.path, listed=True).size
@@ -146,7 +150,7 @@ def _settle(jobs: list[_Job], io: MountIO) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ manifest
-def _manifests(files: list[DataFile], io: MountIO) -> dict[str, str]:
+def expected_hashes(files: list[DataFile], io: MountIO) -> dict[str, str]:
     """path -> sha256, from `sha256sum` manifests in the folders of the files and the folder that holds them all."""
     folders = {os.path.dirname(file.path) for file in files}
     folders.add(os.path.commonpath(folders))
