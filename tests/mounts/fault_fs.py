@@ -5,7 +5,8 @@
 RULES.json holds a list of rules and is read again when it changes:
 {"op": "read", "action": "errno", "errno": "EIO", "skip": 1, "count": 1, "path": "*.jsonl"}. Actions: errno; hang (until
 the rule is gone); short (half of the bytes of a read); flip (one bit of a read); half_size (getattr says half of the
-size); lost (a write that stores nothing and says it did); crash (the daemon ends). Every fault is one line in LOG.
+size); lost (a write that stores nothing and says it did); crash (the daemon ends); note (nothing). Every call that a
+rule fires at is one line in LOG.
 It behaves as hopsfs-mount in what matters here: direct_io, no links, and fsync that does nothing.
 """
 
