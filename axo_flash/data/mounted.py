@@ -59,12 +59,19 @@ class _Job:
     copied_at: float = 0.0
 
 
+MORE_ROOM = "set dataset_prepared_path to a local disk with more room, or name fewer files"
+
+
 def bring(
-    files: list[tuple[DataFile, Path]], io: MountIO, expected: dict[str, str] | None = None
+    files: list[tuple[DataFile, Path]],
+    io: MountIO,
+    expected: dict[str, str] | None = None,
+    more_room: str = MORE_ROOM,
 ) -> tuple[list[LocalCopy], Transfer]:
     """Copy every file into the directory named with it, in the order given.
 
     `expected` are the hashes of `expected_hashes` for a data set of which these files are a part; None: look for them.
+    `more_room` says what to do if the local disk is too small.
     Raises DataError for files that keep changing, do not fit on the local disk or are not what their manifest says, and
     MountError for a mount that fails for longer than `data_timeout`.
     """
@@ -75,7 +82,7 @@ def bring(
     for file, directory in files:
         size = io.stat(file.path, listed=True).size
         jobs.append(_Job(file, copy_path(file, directory), size, expected.get(file.path)))
-    _refuse_full_disk(jobs)
+    _refuse_full_disk(jobs, more_room)
     for job in jobs:
         _copy(job, io)
     _settle(jobs, io)
@@ -90,14 +97,17 @@ def bring(
     return [job.copy for job in jobs], transfer
 
 
-def _refuse_full_disk(jobs: list[_Job]) -> None:
+def _refuse_full_disk(jobs: list[_Job], more_room: str) -> None:
     """Raise DataError before the first byte is read if the copies cannot fit."""
     wanted, directory = sum(job.size for job in jobs), jobs[0].target.parent
     free = shutil.disk_usage(directory).free
     if wanted > free:
+        files = (
+            f"{jobs[0].file.path} and what comes with it ({len(jobs)} files)" if len(jobs) > 1 else jobs[0].file.path
+        )
         raise DataError(
-            f"the data takes {wanted / 2**30:.2f} GiB, and the local disk below {directory.parent} has "
-            f"{free / 2**30:.2f} GiB free: set dataset_prepared_path to a local disk with more room, or name fewer files."
+            f"{files} needs {wanted / 2**30:.2f} GiB, and the local disk below {directory.parent} has "
+            f"{free / 2**30:.2f} GiB free: {more_room}."
         )
 
 
