@@ -18,6 +18,7 @@ from axo_flash.sampling import documents
 
 Say = Callable[[str], None]
 ROWS_SHOWN = 3
+FILES_SHOWN = 20
 TOKENS_SHOWN = 300  # of one document
 GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"
 
@@ -72,9 +73,10 @@ def data_table(config: Config, data: PreparedData) -> str:
     from axo_flash.trainer import count_steps
 
     steps = count_steps(config, len(data.train))
+    more = len(report.files) - FILES_SHOWN
     shards = f"{report.shards}, read one by one while training; rows and tokens below are of the first to come"
     rows = [
-        ("files", "\n".join(report.files)),
+        ("files", "\n".join(report.files[:FILES_SHOWN]) + (f"\nand {more:,} more" if more > 0 else "")),
         *([("shards", shards)] if isinstance(data.train, StreamRows) else []),
         ("mount", "\n".join(report.mount)),
         *([("transfer", transfer_line(dataclasses.asdict(report.transfer)))] if report.transfer else []),

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from axo_flash.config import Config
 
 PREFETCH = 1  # shards, where streaming_prefetch_shards is null
-# Local bytes that a byte of a data file takes at most while it is tokenised: its copy, rows unpacked from Parquet or
-# CSV, and 8 bytes for each token, of 3 to 4 characters mostly.
-DISK_FACTOR = 4
+# Local bytes that a byte of a data file takes at most while it is tokenised: its copy, the rows written out where they
+# are not lines of JSON (Parquet is compressed, some four times), and 8 bytes for each token of 3 to 4 characters.
+DISK_FACTOR = {"json": 5, "csv": 5, "arrow": 5, "parquet": 15}
 LOOK_SECONDS = 0.5  # between looks whether to stop waiting
 
 
@@ -105,15 +105,19 @@ def list_shards(config: Config, io: MountIO) -> list[Shard]:
 
 def refuse_full_disk(shards: list[Shard], ahead: int, folder: Path) -> None:
     """Raise DataError before anything is read if the largest shards that may lie on the disk together cannot."""
-    largest = sorted((shard.size for shard in shards), reverse=True)[: ahead + 1]
-    wanted, free = DISK_FACTOR * sum(largest), shutil.disk_usage(folder).free
+    largest = sorted(shards, key=_room, reverse=True)[: ahead + 1]
+    wanted, free = sum(map(_room, largest)), shutil.disk_usage(folder).free
     if wanted > free:
         raise DataError(
-            f"streaming needs up to {wanted / 2**30:.2f} GiB of local disk: {DISK_FACTOR} times the {len(largest)} largest "
-            f"shards ({largest[0] / 2**30:.2f} GiB the largest), copied and tokenised. Below {folder} there are "
+            f"streaming needs up to {wanted / 2**30:.2f} GiB of local disk, to copy and tokenise the {len(largest)} largest "
+            f"files ({largest[0].file.path} has {largest[0].size / 2**30:.2f} GiB). Below {folder} there are "
             f"{free / 2**30:.2f} GiB free. Set dataset_prepared_path to a disk with more room, streaming_prefetch_shards "
             f"(now {ahead}) to fewer, or cut the data into smaller files."
         )
+
+
+def _room(shard: Shard) -> int:
+    return DISK_FACTOR[shard.file.format] * shard.size
 
 
 # ------------------------------------------------------------------------------------------------------- the local disk
@@ -127,8 +131,10 @@ class Workspace:
                 shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
                 lock.unlink(missing_ok=True)
                 os.close(held)
-        self._lock = root / f".stream-{uuid.uuid4().hex[:12]}.lock"
-        self._held = self._locked(self._lock)
+        self._held = None
+        while self._held is None or not self._lock.exists():  # another run that looks for dead ones may take it first
+            self._lock = root / f".stream-{uuid.uuid4().hex[:12]}.lock"
+            self._held = self._locked(self._lock)
         self.folder = self._lock.with_suffix("")
         self.folder.mkdir()
 
@@ -164,6 +170,11 @@ class Feed:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
+    @property
+    def started(self) -> bool:
+        """Whether shards are on their way."""
+        return self._thread is not None
+
     def start(self, order: Iterator[tuple[int, int, int]]) -> None:
         """Begin with the first (epoch, place in it, index of the shard) of `order`."""
         self._thread = threading.Thread(target=self._bring_all, args=(order,), name="bring shards", daemon=True)
@@ -185,9 +196,9 @@ class Feed:
         finally:
             self.waited += time.monotonic() - started
 
-    def release(self, loaded: Loaded) -> None:
+    def release(self, folder: Path) -> None:
         """The rows of a shard are used up: its place on the disk is for another one."""
-        shutil.rmtree(loaded.folder)
+        shutil.rmtree(folder)
         self._room.release()
 
     def close(self) -> None:
@@ -215,7 +226,7 @@ class Feed:
     def _load(self, shard: Shard, folder: Path) -> Prepared:
         """Copy, check, tokenise; only the tokens stay."""
         folder.mkdir()
-        wanted, free = DISK_FACTOR * shard.size, shutil.disk_usage(folder).free
+        wanted, free = _room(shard), shutil.disk_usage(folder).free
         if wanted > free:
             raise DataError(
                 f"the next shard, {shard.file.path}, needs up to {wanted / 2**30:.2f} GiB of local disk, and below "

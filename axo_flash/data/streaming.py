@@ -166,12 +166,13 @@ class StreamRows:
 
     def _advance(self) -> None:
         """Take the next shard in the place of the present one."""
-        if self._loaded is None:
+        if not self.feed.started:
             self.feed.start(self._order())
-        else:
+        if self._rows is not None:
             self._first += len(self._rows)
-            self._rows = None
-            self.feed.release(self._loaded)
+            folder = self._loaded.folder
+            self._rows = self._loaded = None  # a file that is mapped keeps its place on the disk
+            self.feed.release(folder)
         self._loaded = loaded = self.feed.next(self.stopped)
         columns = Columns(loaded.prepared)
         dropped = dropped_rows(loaded.prepared, columns)
