@@ -259,7 +259,7 @@ def test_too_little_disk_is_said_before_anything_is_read(folder, opened, monkeyp
     names = reads(monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
     with pytest.raises(
-        DataError, match=r"needs up to 0.00 GiB of local disk.* the 2 largest files .*Set dataset_prepared"):
+        DataError, match=r"needs up to 0.00 GiB of local disk.* the 2 largest files .*Set dataset_prepared"
     ):
         opened(configured(folder))
     assert not names
