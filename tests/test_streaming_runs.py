@@ -103,6 +103,20 @@ def test_other_data_are_refused(directory, undisturbed, tmp_path):
         run(directory, "refused", resume_from_checkpoint=str(directory / "undisturbed" / "checkpoint-2"), **keys)
 
 
+def test_rows_to_evaluate_on(directory, undisturbed):
+    entry = {"path": str(directory / "data" / "part-1.jsonl"), "type": "chat_template"}
+    keys = {"test_datasets": [entry], "eval_steps": 6, "max_steps": 12}
+    packed = run(directory, "evaluated", **keys)
+    padded = run(directory, "evaluated-padded", eval_sample_packing=False, **keys)
+    losses = [[row["eval_loss"] for row in report.history if "eval_loss" in row] for report in (packed, padded)]
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0][0] == packed.eval_loss_before > packed.eval_loss_after
+    assert packed.data["eval_documents"] == 12 and packed.data["eval_tokens"] > 0
+    checkpoint = str(directory / "evaluated" / "checkpoint-6")
+    resumed = run(directory, "evaluated-resumed", resume_from_checkpoint=checkpoint, **keys)
+    assert resumed.eval_loss_after == packed.eval_loss_after
+
+
 def failing(monkeypatch, number, action):
     """The `number`th shard from now on does not come: `action` is called in its place."""
     real, count = Feed._load, iter(range(1, 1 << 30))

@@ -24,7 +24,7 @@ NEUTRAL = {
         "plugins",
     ),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "logging_steps"),
-    *("eval_strategy", "eval_steps", "evals_per_epoch"),
+    *("eval_strategy", "eval_steps", "evals_per_epoch", "test_datasets"),
     *("save_strategy", "save_steps", "saves_per_epoch", "save_total_limit"),
     *("resume_from_checkpoint", "auto_resume_from_checkpoints"),
     *("checkpoint_staging_path", "checkpoint_timeout", "preemption_timeout"),

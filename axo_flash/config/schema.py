@@ -159,6 +159,9 @@ class Config:
     val_set_size: int | float = key(
         count_or_fraction(zero=True), "Rows held out to evaluate on: a count, or a fraction below 1.", 0
     )
+    test_datasets: list[DatasetConfig] | None = key(
+        values.dataset_list, "streaming: rows to evaluate on, read whole before training; entries as of datasets."
+    )
     sequence_len: int = key(integer(2), "Longest row, in tokens; with packing, the length of every row.", 512)
     excess_length_strategy: str = key(
         choice("drop truncate raise"), "What happens to a row longer than sequence_len.", "drop"
@@ -268,9 +271,14 @@ class Config:
         """When to save, as Trainer's save_strategy and save_steps (a count, or a fraction of the run)."""
         return self._schedule(self.saves_per_epoch, self.save_steps, self.save_strategy)
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are rows to evaluate on."""
+        return bool(self.val_set_size or self.test_datasets)
+
     def eval_schedule(self) -> tuple[str, int | float | None]:
         """When to evaluate, as Trainer's eval_strategy and eval_steps; ("no", None) without validation rows."""
-        if not self.val_set_size:
+        if not self.evaluates:
             return "no", None
         return self._schedule(self.evals_per_epoch, self.eval_steps, self.eval_strategy)
 

@@ -54,7 +54,7 @@ UNSUPPORTED_BY_REASON: dict[str, str] = {
         pretraining_dataset pretrain_multipack_buffer_size pretraining_sample_concatenation""",
     "rows are always tokenised here: use streaming: true for data larger than the disk": """
         skip_prepare_dataset preprocess_iterable""",
-    "the validation rows are split off the datasets: use val_set_size": "test_datasets eval_sequence_len",
+    "the validation rows are as long as the others": "eval_sequence_len",
     "rows are packed best-fit first over the whole set, in an order that the seed decides": """
         max_packed_sequence_len sample_packing_sequentially sample_packing_mp_start_method sample_packing_eff_est
         curriculum_sampling multipack_real_batches batch_flattening shuffle_before_merging_datasets dataset_shard_num

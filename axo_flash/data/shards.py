@@ -131,6 +131,9 @@ class Workspace:
                 shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
                 lock.unlink(missing_ok=True)
                 os.close(held)
+        for folder in root.glob(".stream-*"):  # what a process that outlived its run for a moment wrote there again
+            if folder.is_dir() and not folder.with_name(f"{folder.name}.lock").exists():
+                shutil.rmtree(folder, ignore_errors=True)
         self._held = None
         while self._held is None or not self._lock.exists():  # another run that looks for dead ones may take it first
             self._lock = root / f".stream-{uuid.uuid4().hex[:12]}.lock"

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import time
 from collections import deque
@@ -45,6 +46,7 @@ from axo_flash.data.shards import Feed, Loaded, Shard, StreamStopped, make_feed
 if TYPE_CHECKING:
     from axo_flash.config import Config
 
+LOG = logging.getLogger(__name__)
 __all__ = ["StreamRows", "StreamStopped", "open_data"]
 STATE_FILE = "stream.json"  # in a checkpoint: the position, and the shards as they were
 FORMAT = 1
@@ -70,6 +72,7 @@ def open_data(config: Config, tokenizer: Any, checkpoint: Path | None = None) ->
         return prepare_data(config, tokenizer)
     refuse_several_devices()
     started = time.monotonic()
+    held_out = _test_rows(config, tokenizer)
     with contextlib.ExitStack() as stack:
         encoders = [make_encoder(dataset, config, tokenizer) for dataset in config.datasets]
         feed = make_feed(config, encoders, cache_root(config.dataset_prepared_path), stack)
@@ -77,11 +80,25 @@ def open_data(config: Config, tokenizer: Any, checkpoint: Path | None = None) ->
         if checkpoint is not None:
             position = read_state(checkpoint / STATE_FILE, feed.shards)
         report = _empty_report(config, feed)
+        if held_out is not None:
+            report.eval_documents, report.eval_tokens = len(held_out.order), sum(held_out.lengths)
         key = encoding_key(config, encoders, tokenizer)
         rows = StreamRows(config, feed, report, position, key)
         collator, eval_collator = collators(config, tokenizer)
         report.seconds = time.monotonic() - started
-        return PreparedData(rows, None, collator, eval_collator, report, stack.pop_all())
+        return PreparedData(rows, held_out, collator, eval_collator, report, stack.pop_all())
+
+
+def _test_rows(config: Config, tokenizer: Any) -> RowDataset | None:
+    """The rows of test_datasets, prepared whole."""
+    if not config.test_datasets:
+        return None
+    packing = bool(config.eval_sample_packing)
+    changes = {"streaming": None, "datasets": config.test_datasets, "test_datasets": None, "sample_packing": packing}
+    prepared = prepare_data(dataclasses.replace(config, **changes), tokenizer)
+    for reason, rows in prepared.report.rows_dropped.items():
+        LOG.warning("test_datasets: %d rows dropped: %s (%s)", rows.count, reason, rows.places[0])
+    return prepared.train
 
 
 def refuse_several_devices() -> None:

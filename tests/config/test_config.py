@@ -445,6 +445,10 @@ BETWEEN = [
     ("streaming: true\nmax_steps: 9\ndemo: true", "streaming: the demo's mount is gone when training begins"),
     ("streaming: true\nmax_steps: 9\nsaves_per_epoch: 2", "saves_per_epoch: the length of an epoch is not known"),
     ("streaming: true\nmax_steps: 9\nsave_strategy: epoch", "save_strategy: the length of an epoch is not known"),
+    ("streaming: true\nmax_steps: 9\nevals_per_epoch: 2", "evals_per_epoch: the length of an epoch is not known"),
+    ("test_datasets: [{path: x, type: alpaca}]", "test_datasets: acts with streaming: true alone; hold rows out"),
+    ("test_datasets: [{path: x, tpye: alpaca}]", "test_datasets[0].tpye: unknown key; did you mean 'type'?"),
+    ("streaming: true\nmax_steps: 9\ntest_datasets: x", "test_datasets: got 'x', expected a list of datasets"),
     ("streaming_prefetch_shards: 2", "streaming_prefetch_shards: acts with streaming: true alone"),
     (
         "streaming_multipack_buffer_size: 9\nsample_packing: true",
@@ -480,6 +484,13 @@ BETWEEN = [
 def test_rules_between_keys(problems, lines, message):
     (error,) = problems(SMALL + lines)
     assert message in error and error.startswith("run.yml")
+
+
+def test_rows_to_evaluate_a_stream_on(load):
+    lines = "streaming: true\nmax_steps: 9\neval_steps: 3\ntest_datasets: [{path: x, type: completion, field: y}]\n"
+    config = load(SMALL + lines, "test_datasets.0.field=z")
+    assert [(entry.path, entry.field) for entry in config.test_datasets] == [("x", "z")]
+    assert config.eval_schedule() == ("steps", 3) and load(SMALL + "test_datasets: []").test_datasets is None
 
 
 @pytest.mark.parametrize("line", ["shards: 4", "split: train[:100]"])

@@ -277,8 +277,14 @@ def test_folders_of_dead_runs_are_removed_and_those_of_living_ones_are_not(tmp_p
     dead = tmp_path / ".stream-dead"
     dead.mkdir()
     (tmp_path / ".stream-dead.lock").touch()
+    (tmp_path / ".stream-late").mkdir()
     another = Workspace(tmp_path)
-    assert not dead.exists() and living.folder.exists() and another.folder.exists()
+    assert (
+        not dead.exists()
+        and not (tmp_path / ".stream-late").exists()
+        and living.folder.exists()
+        and another.folder.exists()
+    )
     for workspace in (living, another):
         workspace.close()
     assert list(tmp_path.iterdir()) == []
