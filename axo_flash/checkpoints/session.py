@@ -167,11 +167,12 @@ class Session:
 
     def _output_that_holds(self, checkpoint: str) -> Output:
         """The place that a checkpoint is a directory of: one on another mount is brought from there like our own."""
-        parent = real_place(os.path.dirname(os.path.abspath(checkpoint)))
-        if parent == real_place(self.root):
+        parent = os.path.dirname(os.path.abspath(checkpoint))
+        place = real_place(parent)
+        if place == real_place(self.root):
             return self.output
-        if find_mount(parent).is_remote:
-            return MountedOutput(parent, self._mount_io(self.config.data_timeout, parent))
+        if find_mount(place).is_remote:
+            return MountedOutput(place, self._mount_io(self.config.data_timeout, place))
         return LocalOutput(parent)
 
     def begin(self, data: str) -> None:
