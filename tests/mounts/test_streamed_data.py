@@ -1,5 +1,6 @@
 """Whole tiny runs that stream their data from a real FUSE mount that fails: the weights of a run that met no fault."""
 
+import hashlib
 import os
 import sys
 import threading
@@ -140,8 +141,6 @@ def test_a_daemon_that_dies_in_the_middle_and_comes_back(mount, run, undisturbed
 
 
 def test_a_flipped_bit_is_found_by_the_manifest(mount, run, undisturbed, tmp_path):
-    import hashlib
-
     files = sorted((mount.backing / "data").iterdir())
     lines = "".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files)
     (mount.backing / "data" / "SHA256SUMS").write_text(lines)
