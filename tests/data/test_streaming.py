@@ -163,25 +163,25 @@ def saved(data, row: int, folder: Path) -> Path:
     return folder
 
 
-def test_from_any_row_the_rest_comes_the_same_and_nothing_used_up_is_read(folder, opened, monkeypatch, tmp_path):
+def test_from_any_row_the_rest_comes_the_same_and_nothing_used_up_is_read(folder, monkeypatch, tmp_path):
     config = configured(folder)
-    data = opened(config)
-    names = reads(monkeypatch)
-    total = sum(len(shard) for shard in epoch_of(data)) + 3  # into the second epoch
-    data = opened(config)
+    with open_data(config, TOKENIZER) as data:
+        total = sum(len(shard) for shard in epoch_of(data)) + 3  # into the second epoch
     rows, states = [], {}
-    for row in range(total):
-        states[row] = saved(data, row, tmp_path / str(row))
-        rows.append(data.train[row])
+    with open_data(config, TOKENIZER) as data:
+        for row in range(total):
+            states[row] = saved(data, row, tmp_path / str(row))
+            rows.append(data.train[row])
+    names = reads(monkeypatch)
     for row in (0, 1, total // 3, total // 2 + 1, total - 1):
         position = json.loads((states[row] / STATE_FILE).read_text())["position"]
         names.clear()
-        rest = opened(config, states[row])
-        assert [rest.train[number] for number in range(row, total)] == rows[row:]
-        order = [*shard_order(42, 0, SHARDS), *shard_order(42, 1, SHARDS)]
+        with open_data(config, TOKENIZER, states[row]) as rest:
+            assert [rest.train[number] for number in range(row, total)] == rows[row:]
+        order = [*shard_order(42, 0, SHARDS), *shard_order(42, 1, SHARDS), *shard_order(42, 2, SHARDS)]
         first = position["epoch"] * SHARDS + position["place"]
         expected = [f"part-{index}.jsonl" for index in order[first:]]
-        assert names[: len(expected)] == expected[: len(names)] and names
+        assert names == expected[: len(names)] and names
 
 
 def test_the_end_of_a_shard_is_the_start_of_the_next(folder, opened):
