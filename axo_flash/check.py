@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from axo_flash.config import Config
-from axo_flash.data.dataset import DataReport, PreparedData, prepare_data
+from axo_flash.data.dataset import DataReport, PreparedData
+from axo_flash.data.streaming import StreamRows, open_data
 from axo_flash.demo import prepare as prepare_demo
 from axo_flash.model import load_tokenizer
 from axo_flash.report import duration, table, transfer_line
@@ -16,6 +18,7 @@ from axo_flash.sampling import documents
 
 Say = Callable[[str], None]
 ROWS_SHOWN = 3
+FILES_SHOWN = 20
 TOKENS_SHOWN = 300  # of one document
 GREEN, DIM, RESET = "\033[32m", "\033[2m", "\033[0m"
 
@@ -32,19 +35,17 @@ def check(config: Config, say: Say = print, colour: bool | None = None) -> Prepa
     """
     with prepare_demo(config, say):
         tokenizer = load_tokenizer(config)
-        data = prepare_data(config, tokenizer)
+        data = open_data(config, tokenizer)
     colour = sys.stdout.isatty() if colour is None else colour
-    shown = 0
-    for index in range(len(data.train)):
-        for input_ids, labels in documents(data.train[index]):
-            if shown == ROWS_SHOWN:
-                break
-            shown += 1
+    with data:
+        rows = data.train.examples()
+        first = itertools.chain.from_iterable(documents(rows[index]) for index in range(len(rows)))
+        for number, (input_ids, labels) in enumerate(itertools.islice(first, ROWS_SHOWN), 1):
             trained = sum(label != -100 for label in labels)
-            say(f"--- document {shown}: {len(input_ids)} tokens, {trained} trained on ---")
+            say(f"--- document {number}: {len(input_ids)} tokens, {trained} trained on ---")
             say(marked(input_ids, labels, tokenizer, colour) + "\n")
-    say(f"trained tokens are {GREEN + 'green' + RESET if colour else 'in [brackets]'}\n")
-    say(data_table(config, data))
+        say(f"trained tokens are {GREEN + 'green' + RESET if colour else 'in [brackets]'}\n")
+        say(data_table(config, data))
     return data
 
 
@@ -72,8 +73,11 @@ def data_table(config: Config, data: PreparedData) -> str:
     from axo_flash.trainer import count_steps
 
     steps = count_steps(config, len(data.train))
+    more = len(report.files) - FILES_SHOWN
+    shards = f"{report.shards}, read one by one while training; rows and tokens below are of the first to come"
     rows = [
-        ("files", "\n".join(report.files)),
+        ("files", "\n".join(report.files[:FILES_SHOWN]) + (f"\nand {more:,} more" if more > 0 else "")),
+        *([("shards", shards)] if isinstance(data.train, StreamRows) else []),
         ("mount", "\n".join(report.mount)),
         *([("transfer", transfer_line(dataclasses.asdict(report.transfer)))] if report.transfer else []),
         ("rows", f"{report.rows_used:,} of {report.rows_read:,} used{dropped_lines(report)}"),
@@ -82,7 +86,7 @@ def data_table(config: Config, data: PreparedData) -> str:
         ("rows of the run", f"{len(data.train):,}{packing_words(config, report)}"),
         ("steps", f"{steps:,} of {config.micro_batch_size} x {config.gradient_accumulation_steps} rows"),
         ("prepared", f"in {duration(report.seconds)}{', from the cache' if report.cache_hit else ''}"),
-        ("cache", report.cache_path),
+        *([] if isinstance(data.train, StreamRows) else [("cache", report.cache_path)]),
     ]
     return table(rows)
 

@@ -125,11 +125,10 @@ def run_train(arguments: argparse.Namespace) -> int:
         return UNPUBLISHED
     except Interrupted as interrupted:
         words = ["axo-flash", "train", arguments.config, *arguments.overrides]
-        print(
-            f"stopped at step {interrupted.report.steps}; to go on from there:\n"
-            f"  {' '.join(words)} resume_from_checkpoint={interrupted.report.checkpoint}",
-            file=sys.stderr,
-        )
+        going_on = f"{' '.join(words)} resume_from_checkpoint={interrupted.report.checkpoint}"
+        if interrupted.report.checkpoint is None:  # it waited for its first rows
+            going_on = " ".join(words)
+        print(f"stopped at step {interrupted.report.steps}; to go on from there:\n  {going_on}", file=sys.stderr)
         return 128 + interrupted.signal_number
     return OK
 

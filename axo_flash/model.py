@@ -15,7 +15,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from axo_flash.config import Config
-from axo_flash.data.chat import chat_template
+from axo_flash.data.inputs import local_directory, template_text
+from axo_flash.data.templates import chat_template
 from axo_flash.errors import UserError
 from axo_flash.patch import FAMILIES, PatchReport, patch_model
 
@@ -79,14 +80,18 @@ class LoadedModel:
 def load_tokenizer(config: Config) -> Any:
     """The tokenizer of config.base_model with the YAML's special_tokens, tokens and chat_template.
 
+    From a mount its files are brought to local disk first.
+
     A tokenizer without a padding token pads with its end-of-sequence token, as Axolotl's Llama tokenizers do; padding
     is never attended to and never trained on.
 
     Raises ModelError if base_model has no tokenizer that can be loaded.
     """
     kind = getattr(transformers, config.tokenizer_type) if config.tokenizer_type else AutoTokenizer
-    with _explained(config, "tokenizer"):
-        tokenizer = kind.from_pretrained(config.base_model, trust_remote_code=config.trust_remote_code)
+    source = local_directory("base_model", config.base_model, config, weights=False)
+    with _explained(config, "tokenizer", source):
+        tokenizer = kind.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    tokenizer.name_or_path = config.base_model
     if config.special_tokens:
         tokenizer.add_special_tokens(dict(config.special_tokens))
     if config.tokens:
@@ -100,12 +105,15 @@ def load_tokenizer(config: Config) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     if config.chat_template:
-        tokenizer.chat_template = chat_template(config.chat_template, config.chat_template_jinja, tokenizer)
+        jinja = template_text(config.chat_template_jinja, config)
+        tokenizer.chat_template = chat_template(config.chat_template, jinja, tokenizer)
     return tokenizer
 
 
 def load_model(config: Config, tokenizer: Any) -> LoadedModel:
     """The model of config.base_model on the device that trains, with its attention and adapter, ready to train.
+
+    Weights on a mount are brought to local disk first: they are memory-mapped, which kills the process when a daemon dies.
 
     Args:
         config: the run.
@@ -119,15 +127,17 @@ def load_model(config: Config, tokenizer: Any) -> LoadedModel:
     options: dict[str, Any] = {"quantization_config": quantization(config, dtype)} if _quantised(config) else {}
     if torch.cuda.is_available():
         options["device_map"] = {"": torch.cuda.current_device()}
-    with _explained(config, "model"):
+    source = local_directory("base_model", config.base_model, config, weights=True)
+    with _explained(config, "model", source):
         model = AutoModelForCausalLM.from_pretrained(
-            config.base_model,
+            source,
             config=model_config,
             dtype=weights_dtype(config, dtype),
             attn_implementation="eager" if config.attn_implementation == "eager" else "sdpa",
             trust_remote_code=config.trust_remote_code,
             **options,
         )
+    model.name_or_path = model.config._name_or_path = config.base_model  # what an adapter says that it belongs to
     _grow_embeddings(config, model, tokenizer)
     report = _patched(config, model, dtype) if config.attn_implementation == "axo_fa" else None
     set_seed(config.seed)  # the adapter's random matrices come next
@@ -150,14 +160,14 @@ def _patched(config: Config, model: torch.nn.Module, dtype: torch.dtype) -> Patc
 
 
 @contextlib.contextmanager
-def _explained(config: Config, what: str) -> Iterator[None]:
-    """Turn the libraries' many ways to miss a file into one ModelError."""
+def _explained(config: Config, what: str, source: str) -> Iterator[None]:
+    """Turn the libraries' many ways to miss a file into one ModelError; `source` is base_model, or its local copy."""
     name = config.base_model
     try:
         yield
     except (OSError, ValueError) as error:
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        if Path(name).is_dir():
+        if Path(source).is_dir():
             raise ModelError(f"base_model: no {what} can be loaded from the directory {name}: {first_line}") from error
         if Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1:
             raise ModelError(
@@ -173,8 +183,9 @@ def _explained(config: Config, what: str) -> Iterator[None]:
 
 def _model_config(config: Config) -> Any:
     """The Hugging Face configuration of base_model, if it is of a family that we train."""
-    with _explained(config, "config.json"):
-        model_config = AutoConfig.from_pretrained(config.base_model, trust_remote_code=config.trust_remote_code)
+    source = local_directory("base_model", config.base_model, config, weights=False)
+    with _explained(config, "config.json", source):
+        model_config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     families = sorted(family.name for family in FAMILIES)
     if model_config.model_type not in families:
         raise ModelError(
@@ -271,12 +282,13 @@ def add_adapter(config: Config, model: torch.nn.Module) -> torch.nn.Module:
     import peft
 
     if config.lora_model_dir:
-        if not (Path(config.lora_model_dir) / "adapter_config.json").is_file():
+        source = local_directory("lora_model_dir", config.lora_model_dir, config, weights=True)
+        if not (Path(source) / "adapter_config.json").is_file():
             raise ModelError(
                 f"lora_model_dir: there is no adapter_config.json in {config.lora_model_dir}; expected a directory "
                 "that a LoRA run saved"
             )
-        return peft.PeftModel.from_pretrained(model, config.lora_model_dir, is_trainable=True)
+        return peft.PeftModel.from_pretrained(model, source, is_trainable=True)
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,

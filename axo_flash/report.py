@@ -227,6 +227,9 @@ def data_line(report: RunReport) -> str:
     files = data["files"]
     source = files[0] if len(files) == 1 else f"{len(files)} files"
     line += f"\nfrom {source} on {', '.join(data['mount'])}"
+    if data.get("shards"):
+        line += f", streamed: {data['shards_read']:,} shards read here"
+        line += f", training waited {duration(data['waited_seconds'])} for them"
     return line + (f"\n{transfer_line(data['transfer'])}" if data.get("transfer") else "")
 
 

@@ -15,9 +15,12 @@ from axo_flash import metrics, sampling
 from axo_flash.callbacks import EarlyStopping, LossWatchdog, Meter, StopOnSignal
 from axo_flash.checkpoints import Found, NotPublished, Session
 from axo_flash.config import Config
-from axo_flash.data.dataset import PreparedData, prepare_data
+from axo_flash.data.dataset import DataError, PreparedData
+from axo_flash.data.streaming import StreamRows, StreamStopped, open_data
 from axo_flash.demo import prepare as prepare_demo
+from axo_flash.errors import UserError
 from axo_flash.model import LoadedModel, load_model, load_tokenizer
+from axo_flash.mount_io import MountError
 from axo_flash.report import (
     REPORT_FILE,
     AttentionFacts,
@@ -44,6 +47,14 @@ class Interrupted(Exception):
         self.report, self.signal_number = report, signal_number
 
 
+class StreamFailed(UserError):
+    """Rows of a stream do not come any more: why, and what was trained until then."""
+
+    def __init__(self, error: Exception, step: int):
+        saved = f"Step {step} is saved; the same command with resume_from_checkpoint=true goes on from there."
+        super().__init__(f"{error} {saved if step else 'No step was done yet.'}")
+
+
 def train(config: Config, say: Say = print) -> RunReport:
     """Fine-tune as the configuration says.
 
@@ -52,6 +63,7 @@ def train(config: Config, say: Say = print) -> RunReport:
 
     Raises:
         ModelError, DataError, DemoError, CheckpointError: the run cannot start; the message says what to change.
+        StreamFailed: data that are read while training cannot be read any more; a checkpoint was saved.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved and the report written.
         NotPublished: the run ended, but output_dir could not be written to in time; the message says what is where.
     """
@@ -70,24 +82,37 @@ def run(config: Config, report: RunReport, checkpoints: Session, say: Say) -> No
             demo.enter_context(prepare_demo(config, say))
         with phase("data"):
             tokenizer = load_tokenizer(config)
-            data = prepare_data(config, tokenizer)
-    checkpoints.begin(data_fingerprint(data))
-    with phase("model"):
-        loaded = load_model(config, tokenizer)
-    checkpoints.require_room(loaded.checkpoint_bytes(config.optimizer, bool(config.adapter)))
-    describe_inputs(report, config, loaded, data)
-    meter = Meter()
-    trainer = make_trainer(config, loaded, tokenizer, data, meter, checkpoints)
-    question = sampling.find_question(data.eval or data.train, tokenizer)
+            data = open_data(config, tokenizer, found and found.local)
+    with data:
+        checkpoints.begin(data_fingerprint(data))
+        with phase("model"):
+            loaded = load_model(config, tokenizer)
+        checkpoints.require_room(loaded.checkpoint_bytes(config.optimizer, bool(config.adapter)))
+        describe_inputs(report, config, loaded, data)
+        trainer = make_trainer(config, loaded, tokenizer, data, Meter(), checkpoints)
+        fine_tune(config, report, trainer, loaded, data, phase, say)
 
+
+def fine_tune(
+    config: Config,
+    report: RunReport,
+    trainer: RunTrainer,
+    loaded: LoadedModel,
+    data: PreparedData,
+    phase: Phases,
+    say: Say,
+) -> None:
+    """From the model as it was loaded to the weights in output_dir."""
+    checkpoints, found = trainer.checkpoints, trainer.checkpoints.found
     with phase("before"):
+        question = sampling.find_question((data.eval or data.train).examples(), trainer.processing_class)
         measure_before(report, trainer, question, resuming=found is not None)
     metrics.reset_peak_memory()
     with StopOnSignal(say, config.preemption_timeout, checkpoints.last_words) as stop:
         with phase("training"):
             run_steps(trainer, stop, config, found, say)
         stop.training_is_over = True
-        describe_training(report, trainer, meter)
+        describe_training(report, trainer, data)
         report.resumed_from = found.source if found else None
         if stop.received is None:
             with phase("after"):
@@ -148,7 +173,18 @@ def run_steps(trainer: RunTrainer, stop: StopOnSignal, config: Config, found: Fo
     trainer.add_callback(KeepHistory(trainer.state.log_history))
     trainer.add_callback(stop)
     set_seed(config.seed)  # whatever was drawn before, rows and dropout start alike
-    trainer.train(resume_from_checkpoint=str(found.local) if found else None)
+    trainer.saved_step = found.manifest.step if found else 0
+    if not isinstance(trainer.train_dataset, StreamRows):
+        trainer.train(resume_from_checkpoint=str(found.local) if found else None)
+        return
+    trainer.train_dataset.stopped = lambda: stop.received is not None
+    try:
+        trainer.train(resume_from_checkpoint=str(found.local) if found else None)
+    except StreamStopped:  # by a signal, while it waited for rows
+        trainer.save_where_it_stands()
+    except (DataError, MountError) as error:
+        trainer.save_where_it_stands()
+        raise StreamFailed(error, trainer.saved_step) from error
 
 
 def measure_after(report: RunReport, trainer: RunTrainer, question: sampling.Question | None) -> None:
@@ -203,6 +239,8 @@ def report_files(checkpoints: Session) -> list[str]:
 
 def data_fingerprint(data: PreparedData) -> str:
     """What decides which rows come in which order: the key of the tokenised set, and how it was split and packed."""
+    if isinstance(data.train, StreamRows):
+        return data.train.fingerprint
     digest = hashlib.sha256(Path(data.report.cache_path).name.encode())
     for rows in (data.train, data.eval):
         if rows is not None:
@@ -251,12 +289,15 @@ def attention_facts(config: Config, loaded: LoadedModel) -> AttentionFacts:
     return AttentionFacts(config.attn_implementation, patch.layers, patch.backend, patch.reason, patch.calls())
 
 
-def describe_training(report: RunReport, trainer: RunTrainer, meter: Meter) -> None:
+def describe_training(report: RunReport, trainer: RunTrainer, data: PreparedData) -> None:
     """Note how training went: steps, losses, speed, memory, and why it stopped early if it did."""
     state = trainer.state
+    report.data = dataclasses.asdict(data.report)  # a stream's was empty before
     losses = [row["loss"] for row in state.log_history if "loss" in row]
     evaluations = [row for row in state.log_history if "eval_loss" in row]
     report.steps, report.epochs = state.global_step, state.epoch or 0.0
+    if isinstance(data.train, StreamRows):
+        report.epochs = data.train.epochs(trainer.rows_trained())
     report.first_loss, report.last_loss = (losses[0], losses[-1]) if losses else (None, None)
     if evaluations and evaluations[0]["step"] == 0:
         report.eval_loss_before = evaluations[0]["eval_loss"]
@@ -264,6 +305,7 @@ def describe_training(report: RunReport, trainer: RunTrainer, meter: Meter) -> N
     report.stopped_because = next((guard.stopped_because for guard in guards if guard.stopped_because), None)
 
     cost = metrics.step_cost(trainer.model)
+    meter = trainer.meter
     steady_tokens, steady_pairs, steady_seconds = meter.steady()
     speed = report.speed
     speed.tokens, speed.seconds, speed.first_step_seconds = meter.tokens, meter.seconds, meter.first_step_seconds

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -19,6 +19,7 @@ from axo_flash.callbacks import EarlyStopping, LossWatchdog, Meter, MeteredColla
 from axo_flash.checkpoints import Session
 from axo_flash.config import Config
 from axo_flash.data.dataset import PreparedData
+from axo_flash.data.streaming import STATE_FILE, StreamRows
 from axo_flash.model import LoadedModel, ModelError, require_bitsandbytes
 from axo_flash.sampling import evaluating
 
@@ -43,6 +44,7 @@ class RunTrainer(Trainer):
         super().__init__(**options)
         self.meter, self.eval_collator, self.checkpoints = meter, eval_collator, checkpoints
         self._folder: Path | None = None  # that a checkpoint is being written in
+        self.saved_step = 0  # of the newest checkpoint, that of an earlier run included
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch, metered."""
@@ -50,6 +52,8 @@ class RunTrainer(Trainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        if isinstance(self.train_dataset, StreamRows):  # which has its own order
+            return SequentialSampler(self.train_dataset)
         if self.args.train_sampling_strategy == "group_by_length":
             group = self.args.train_batch_size * self.args.gradient_accumulation_steps
             return LengthGrouped(self.train_dataset.lengths, group, self.args.seed)
@@ -84,9 +88,22 @@ class RunTrainer(Trainer):
             self._folder = self.checkpoints.folder()
             try:
                 super()._save_checkpoint(*args, **kwargs)
-                self.checkpoints.saved(self._folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+                checkpoint = self._folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                if isinstance(self.train_dataset, StreamRows):
+                    self.train_dataset.write_state(checkpoint / STATE_FILE, self.rows_trained())
+                self.checkpoints.saved(checkpoint)
+                self.saved_step = self.state.global_step
             finally:
                 self._folder = None
+
+    def save_where_it_stands(self) -> None:
+        """A checkpoint of the last step that was done, for a run whose next rows do not come."""
+        if self.state.global_step > self.saved_step:
+            self._save_checkpoint(self.model, None)
+
+    def rows_trained(self) -> int:
+        """Rows that the steps so far have taken from a stream, in this process and those before it."""
+        return self.state.global_step * self.args.gradient_accumulation_steps * self.args.train_batch_size
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._folder is None else str(self._folder)

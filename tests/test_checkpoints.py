@@ -313,8 +313,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, damage, reason)
     assert [one.path for one in found.skipped] == [str(root / "checkpoint-40")]
     assert reason in found.skipped[0].reason
     with pytest.raises(CheckpointError, match=r"checkpoint-40 holds no complete checkpoint.*checkpoint-30"):
-        checkpoint_at(str(root / "checkpoint-40"), output, staging)
-    assert checkpoint_at(str(root / "checkpoint-30"), output, staging).manifest.step == 30
+        checkpoint_at(str(root / "checkpoint-40"), output, output, staging)
+    assert checkpoint_at(str(root / "checkpoint-30"), output, output, staging).manifest.step == 30
 
 
 def test_if_all_are_damaged_the_run_does_not_start_afresh(tmp_path):

@@ -90,14 +90,10 @@ def newest_complete(output: Output, staging: Path) -> Found | None:
     return None
 
 
-def checkpoint_at(path: str, output: Output, staging: Path) -> Found:
-    """The checkpoint at `path`, verified; raises CheckpointError if it is not whole."""
+def checkpoint_at(path: str, holder: Output, output: Output, staging: Path) -> Found:
+    """The checkpoint at `path`, a directory in `holder`, verified; raises CheckpointError if it is not whole."""
     try:
-        folder = os.path.abspath(path)
-        if folder == os.path.abspath(output.path(os.path.basename(folder))):
-            local = output.bring(os.path.basename(folder), staging / "resume")
-        else:
-            local = Path(folder)
+        local = holder.bring(os.path.basename(os.path.abspath(path)), staging / "resume")
         return Found(path, local, verify_local(local))
     except (Broken, *FAULTS) as error:
         try:

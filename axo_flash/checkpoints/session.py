@@ -106,10 +106,10 @@ class Session:
         self.writer: Writer | None = None
         self._saves = 0
 
-    def _mount_io(self, timeout: float) -> MountIO:
+    def _mount_io(self, timeout: float, place: str | None = None) -> MountIO:
         """A helper process of its own: calls of one take turns, and a long copy must not hold up a heartbeat."""
         mount_io = MountIO(timeout, self.config.stall_timeout)
-        mount_io.expect_mount(find_mount(self.root).mount_point)
+        mount_io.expect_mount(find_mount(place or self.root).mount_point)
         self._mount_ios.append(mount_io)
         return mount_io
 
@@ -152,7 +152,7 @@ class Session:
         clear_staging(self.staging)
         wanted = self.config.resume_from_checkpoint
         if isinstance(wanted, str):
-            self.found = checkpoint_at(wanted, self.output, self.staging)
+            self.found = checkpoint_at(wanted, self._output_that_holds(wanted), self.output, self.staging)
         elif wanted or self.config.auto_resume_from_checkpoints:
             self.found = newest_complete(self.output, self.staging)
             if wanted and self.found is None:
@@ -170,6 +170,16 @@ class Session:
                 self.found = replace(self.found, source=path, local=Path(path))
             self.say(f"going on from {self.found.source}, verified")
         return self.found
+
+    def _output_that_holds(self, checkpoint: str) -> Output:
+        """The place that a checkpoint is a directory of: one on another mount is brought from there like our own."""
+        parent = os.path.dirname(os.path.abspath(checkpoint))
+        place = real_place(parent)
+        if place == real_place(self.root):
+            return self.output
+        if find_mount(place).is_remote:
+            return MountedOutput(place, self._mount_io(self.config.data_timeout, place))
+        return LocalOutput(parent)
 
     def begin(self, data: str) -> None:
         """Check that the checkpoint was of the same data, and start the threads that seal and publish."""

@@ -38,8 +38,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     source = read_source(path, overrides)
     reader = Reader(source)
     raw = _attention(_renamed(source.values, reader), reader)
-    datasets = _datasets(raw.get("datasets"), reader)
-    values = reader.read(Config, raw, (), TOP_LEVEL) | {"datasets": datasets}
+    datasets = {key: _datasets(key, raw.get(key), reader) for key in ("datasets", "test_datasets")}
+    values = reader.read(Config, raw, (), TOP_LEVEL)
+    values |= {key: entries for key, entries in datasets.items() if key in values or key == "datasets"}
     absent = [field.name for field in dataclasses.fields(Config) if is_required(field) and field.name not in values]
     config = Config(**values, **dict.fromkeys(absent))  # whole enough for the rules that read nothing of what failed
     for keys, rule in RULES:
@@ -87,11 +88,11 @@ def _attention(raw: dict, reader: Reader) -> dict:
     return result
 
 
-def _datasets(raw: Any, reader: Reader) -> list[DatasetConfig]:
-    """The entries of `datasets`; none for what is reported elsewhere as missing or as no list."""
+def _datasets(key: str, raw: Any, reader: Reader) -> list[DatasetConfig]:
+    """The entries of `datasets` or `test_datasets`; none for what is reported elsewhere as missing or as no list."""
     datasets = []
     for index, entry in enumerate(raw if isinstance(raw, list) else []):
-        where = ("datasets", index)
+        where = (key, index)
         if not isinstance(entry, dict):
             reader.report(where, f"got {show(entry)}, expected a mapping; write '- path: ...' and below it 'type: ...'")
             continue
@@ -99,18 +100,19 @@ def _datasets(raw: Any, reader: Reader) -> list[DatasetConfig]:
         values = reader.read(DatasetConfig, entry, where, IN_DATASET)
         if len(reader.errors) == before:
             datasets.append(DatasetConfig(**values))
-            for key, problem in dataset_problems(datasets[-1]):
-                reader.report((*where, key), problem)
+            for inside, problem in dataset_problems(datasets[-1]):
+                reader.report((*where, inside), problem)
     return datasets
 
 
 def _normalised(config: Config) -> Config:
     if config.fp16:  # bf16: auto leaves the choice to fp16, as in Axolotl
         config.bf16 = False
-    for holder in (config, *config.datasets):
+    datasets = [*config.datasets, *(config.test_datasets or [])]
+    for holder in (config, *datasets):
         if holder.chat_template_jinja:
             holder.chat_template = "jinja"
-    for dataset in config.datasets:
+    for dataset in datasets:
         for name in ("role", "content"):
             old = getattr(dataset, f"message_field_{name}")
             if old:

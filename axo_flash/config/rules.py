@@ -27,10 +27,10 @@ def _one_warmup(config: "Config") -> Problems:
         yield "warmup_ratio", "excludes warmup_steps, which is set too; keep one of them"
 
 
-@_reads("evals_per_epoch", "eval_steps", "eval_strategy", "val_set_size")
+@_reads("evals_per_epoch", "eval_steps", "eval_strategy", "val_set_size", "test_datasets")
 def _when_to_evaluate(config: "Config") -> Problems:
     yield from _schedule(config.evals_per_epoch, config.eval_steps, config.eval_strategy, "eval")
-    if not config.val_set_size and (config.eval_steps or config.eval_strategy in ("epoch", "steps")):
+    if not config.evaluates and (config.eval_steps or config.eval_strategy in ("epoch", "steps")):
         key = "eval_steps" if config.eval_steps else "eval_strategy"
         yield key, "there are no rows to evaluate on; set val_set_size (0.05 holds 5% of the rows out), or remove it"
 
@@ -50,10 +50,10 @@ def _schedule(per_epoch: int | None, steps: float | None, strategy: str | None, 
         yield f"{verb}_strategy", f"got 'steps'; say how many with {verb}_steps or {verb}s_per_epoch"
 
 
-@_reads("early_stopping_patience", "val_set_size", "eval_strategy")
+@_reads("early_stopping_patience", "val_set_size", "test_datasets", "eval_strategy")
 def _stopping_needs_evaluation(config: "Config") -> Problems:
-    if config.early_stopping_patience and (not config.val_set_size or config.eval_strategy == "no"):
-        missing = "remove eval_strategy: no" if config.val_set_size else "set val_set_size"
+    if config.early_stopping_patience and (not config.evaluates or config.eval_strategy == "no"):
+        missing = "remove eval_strategy: no" if config.evaluates else "set val_set_size"
         yield "early_stopping_patience", f"watches the evaluation loss, but nothing is evaluated; {missing}"
 
 
@@ -96,6 +96,59 @@ def _one_precision(config: "Config") -> Problems:
 def _packing_or_grouping(config: "Config") -> Problems:
     if config.sample_packing and config.group_by_length:
         yield "group_by_length", "excludes sample_packing: packed rows are of one length already; set it to false"
+
+
+@_reads("streaming", "streaming_multipack_buffer_size", "streaming_prefetch_shards", "sample_packing")
+def _keys_of_streaming(config: "Config") -> Problems:
+    for key in ("streaming_multipack_buffer_size", "streaming_prefetch_shards"):
+        if getattr(config, key) and not config.streaming:
+            yield key, "acts with streaming: true alone; set it, or remove this"
+    if config.streaming and config.streaming_multipack_buffer_size and not config.sample_packing:
+        yield "streaming_multipack_buffer_size", "acts with sample_packing: true alone; set it, or remove this"
+
+
+@_reads("streaming", "max_steps", "val_set_size", "group_by_length", "demo")
+def _streaming_excludes(config: "Config") -> Problems:
+    if not config.streaming:
+        return
+    if not config.max_steps:
+        yield "streaming", "needs max_steps, as the number of rows is not known before they are read; set max_steps"
+    if config.val_set_size:
+        yield (
+            "val_set_size",
+            "rows cannot be held out of a stream; set it to 0, and name files to evaluate on in test_datasets",
+        )
+    if config.group_by_length:
+        yield "group_by_length", "a stream has no lengths to sort by before it is read; set it to false"
+    if config.demo:
+        yield "streaming", "the demo's mount is gone when training begins; set it to false, or demo: false"
+
+
+@_reads("streaming", "saves_per_epoch", "save_strategy", "evals_per_epoch", "eval_strategy")
+def _streaming_knows_no_epochs(config: "Config") -> Problems:
+    for verb in ("save", "eval") if config.streaming else ():
+        if getattr(config, f"{verb}s_per_epoch"):
+            yield f"{verb}s_per_epoch", f"the length of an epoch is not known with streaming: true; use {verb}_steps"
+        if getattr(config, f"{verb}_strategy") == "epoch":
+            yield f"{verb}_strategy", f"the length of an epoch is not known with streaming: true; use {verb}_steps"
+
+
+@_reads("streaming", "test_datasets")
+def _rows_to_evaluate_on(config: "Config") -> Problems:
+    if config.test_datasets and not config.streaming:
+        yield "test_datasets", "acts with streaming: true alone; hold rows out of datasets with val_set_size"
+
+
+@_reads("streaming", "datasets")
+def _whole_files_are_streamed(config: "Config") -> Problems:
+    for index, dataset in enumerate(config.datasets if config.streaming else []):
+        if dataset.shards or "[" in (dataset.split or ""):
+            key = "shards" if dataset.shards else "split"
+            yield (
+                "datasets",
+                f"entry {index}: {key} chooses among all rows of a dataset, and streaming: true reads whole files one by "
+                "one; remove it, and name the files with path or data_files",
+            )
 
 
 @_reads("data_timeout", "stall_timeout")

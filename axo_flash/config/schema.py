@@ -145,11 +145,22 @@ class Config:
     )
     demo: bool = key(flag, "Prepare the demo's model and data, under the paths of this file, before the run.", False)
     dataset_prepared_path: str | None = key(
-        file_path, "Where tokenised data is cached: a local disk, not a mount; null chooses."
+        file_path, "Where tokenised data is kept: a local disk, not a mount; null chooses."
     )
     dataset_num_proc: int | None = key(integer(1), "Processes that tokenise; null takes all cores.")
+    # null, not false: checkpoints of versions without these keys are of runs that did not stream
+    streaming: bool | None = key(flag, "Read data files one by one while training, never all at once; needs max_steps.")
+    streaming_multipack_buffer_size: int | None = key(
+        integer(1), "streaming: documents of a file that are packed together; null is 10000."
+    )
+    streaming_prefetch_shards: int | None = key(
+        integer(1), "streaming: files made ready on local disk beside the one in use; null is 1."
+    )
     val_set_size: int | float = key(
         count_or_fraction(zero=True), "Rows held out to evaluate on: a count, or a fraction below 1.", 0
+    )
+    test_datasets: list[DatasetConfig] | None = key(
+        values.dataset_list, "streaming: rows to evaluate on, read whole before training; entries as of datasets."
     )
     sequence_len: int = key(integer(2), "Longest row, in tokens; with packing, the length of every row.", 512)
     excess_length_strategy: str = key(
@@ -260,9 +271,14 @@ class Config:
         """When to save, as Trainer's save_strategy and save_steps (a count, or a fraction of the run)."""
         return self._schedule(self.saves_per_epoch, self.save_steps, self.save_strategy)
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are rows to evaluate on."""
+        return bool(self.val_set_size or self.test_datasets)
+
     def eval_schedule(self) -> tuple[str, int | float | None]:
         """When to evaluate, as Trainer's eval_strategy and eval_steps; ("no", None) without validation rows."""
-        if not self.val_set_size:
+        if not self.evaluates:
             return "no", None
         return self._schedule(self.evals_per_epoch, self.eval_steps, self.eval_strategy)
 

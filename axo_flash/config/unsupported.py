@@ -50,10 +50,11 @@ UNSUPPORTED_BY_REASON: dict[str, str] = {
         tokenizer_config tokenizer_use_mistral_common added_tokens_overrides fix_untrained_tokens
         resize_token_embeddings_to_32x shrink_embeddings mean_resizing_embeddings embeddings_skip_upcast""",
     "dtypes are chosen by bf16, fp16 and tf32 (mixed precision)": "bfloat16 float16 float32 torch_dtype",
-    "datasets are read whole and prepared once: use datasets with type: completion for plain text": """
-        pretraining_dataset streaming pretrain_multipack_buffer_size pretraining_sample_concatenation
+    "pretraining is fine-tuning on plain text: use datasets with type: completion, and streaming: true for many files": """
+        pretraining_dataset pretrain_multipack_buffer_size pretraining_sample_concatenation""",
+    "rows are always tokenised here: use streaming: true for data larger than the disk": """
         skip_prepare_dataset preprocess_iterable""",
-    "the validation rows are split off the datasets: use val_set_size": "test_datasets eval_sequence_len",
+    "the validation rows are as long as the others": "eval_sequence_len",
     "rows are packed best-fit first over the whole set, in an order that the seed decides": """
         max_packed_sequence_len sample_packing_sequentially sample_packing_mp_start_method sample_packing_eff_est
         curriculum_sampling multipack_real_batches batch_flattening shuffle_before_merging_datasets dataset_shard_num
@@ -107,7 +108,7 @@ TUNES: dict[str, str] = {
     "chunked_cross_entropy": "chunked_cross_entropy_num_chunks",
     "scaling_softmax": "scaling_softmax_factor scaling_softmax_bias",
     "torch_compile": "torch_compile_backend torch_compile_mode torch_compile_options",
-    "pretraining_dataset": "pretrain_multipack_attn streaming_multipack_buffer_size",
+    "pretraining_dataset": "pretrain_multipack_attn",
     "use_pose": "pose_split_on_token_ids pose_max_context_len pose_num_chunks",
     "max_packed_sequence_len": "sample_packing_group_size sample_packing_bin_size",
     "hub_model_id": "hub_strategy hub_revision",

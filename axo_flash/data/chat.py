@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from axo_flash.data.document import IGNORE, Document, RowError, column, shortened
 from axo_flash.data.files import DataError
+from axo_flash.data.inputs import template_text
 from axo_flash.data.templates import chat_template, end_of_turn_ids, template_words
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def make_chat_encoder(dataset: DatasetConfig, config: Config, tokenizer: Any) ->
     name, jinja = dataset.chat_template, dataset.chat_template_jinja
     if name in (None, "tokenizer_default") and not jinja:  # the file's template stands in for the tokenizer's
         name, jinja = config.chat_template, config.chat_template_jinja
-    template = chat_template(name, jinja, tokenizer)
+    template = chat_template(name, template_text(jinja, config), tokenizer)
     roles = DEFAULT_ROLES
     if dataset.roles:
         roles = {source: target for target, sources in dataset.roles.items() for source in sources}

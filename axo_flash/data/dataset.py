@@ -7,6 +7,7 @@ are dropped, the validation rows then taken from the end.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import datasets
 
     from axo_flash.config import Config
+    from axo_flash.data.streaming import StreamRows
 
 __all__ = ["DataError", "DataReport", "DroppedRows", "PreparedData", "RowDataset", "prepare_data"]
 
@@ -48,6 +50,9 @@ class DataReport:
     it took to bring those on mounts to local disk, None where there were none. `trained_tokens` counts the tokens that a
     loss is taken on; `packing_efficiency` is the share of all packed rows' tokens that belongs to documents (packed_rows
     and it are None without packing); `seconds` is the wall time of `prepare_data`.
+
+    Of a stream (`shards` is the number of its files, else None) `files`, `mount` and `bytes` are all there is to read, and
+    every count is of the `shards_read` that training has come to; it stood still for them for `waited_seconds` in all.
     """
 
     files: list[str]
@@ -68,6 +73,9 @@ class DataReport:
     seconds: float
     sources: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     transfer: Transfer | None = None
+    shards: int | None = None
+    shards_read: int | None = None
+    waited_seconds: float = 0.0
 
 
 @dataclasses.dataclass
@@ -85,6 +93,10 @@ class RowDataset:
     borders: np.ndarray  # (rows + 1,) int64
     lengths: list[int]  # tokens of every row
 
+    def examples(self) -> RowDataset:
+        """Rows to look at: all of them."""
+        return self
+
     def __len__(self) -> int:
         return len(self.borders) - 1
 
@@ -101,14 +113,22 @@ class RowDataset:
 class PreparedData:
     """`train` and `eval` (None if val_set_size is 0), their collators, and the report.
 
-    `eval_collator` differs from `collator` where only one of the two splits is packed.
+    `eval_collator` differs from `collator` where only one of the two splits is packed. A context manager, at whose end
+    `resources` are given back: those of a stream.
     """
 
-    train: RowDataset
+    train: RowDataset | StreamRows
     eval: RowDataset | None
     collator: PackedCollator | PaddedCollator
     eval_collator: PackedCollator | PaddedCollator
     report: DataReport
+    resources: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
+
+    def __enter__(self) -> PreparedData:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.resources.close()
 
 
 def prepare_data(config: Config, tokenizer: Any) -> PreparedData:
@@ -124,8 +144,8 @@ def prepare_data(config: Config, tokenizer: Any) -> PreparedData:
     started = time.monotonic()
     prepared = prepare(config, tokenizer)
     columns = Columns(prepared)
-    dropped = _dropped(prepared, columns)
-    _refuse_unusable(config, prepared, columns, dropped)
+    dropped = dropped_rows(prepared, columns)
+    refuse_unusable(config, prepared, columns, dropped)
     train, held_out = _split(_order(columns, config.seed), config.val_set_size)
     if config.eval_sample_packing and len(held_out):
         _refuse_small_eval(int(columns.length[held_out].sum()), len(held_out), config.sequence_len)
@@ -135,7 +155,7 @@ def prepare_data(config: Config, tokenizer: Any) -> PreparedData:
     eval_rows = None
     if len(held_out):
         eval_rows = _rows(documents, held_out, columns.length, config.sequence_len, bool(config.eval_sample_packing))
-    collator, eval_collator = _collators(config, tokenizer)
+    collator, eval_collator = collators(config, tokenizer)
     lengths, rows = columns.length[train], len(train_rows)
     report = DataReport(
         files=[origin.name for origin in prepared.origins],
@@ -193,7 +213,7 @@ class Columns:
         return f"{place}: {prepared.documents.data.column('detail')[record].as_py()}"
 
 
-def _dropped(prepared: Prepared, columns: Columns) -> dict[str, DroppedRows]:
+def dropped_rows(prepared: Prepared, columns: Columns) -> dict[str, DroppedRows]:
     """Dropped rows by reason, the most frequent first."""
     result = {}
     for index, name in enumerate(columns.reasons):
@@ -209,7 +229,7 @@ def _dropped(prepared: Prepared, columns: Columns) -> dict[str, DroppedRows]:
     return dict(sorted(result.items(), key=lambda item: -item[1].count))
 
 
-def _refuse_unusable(config: Config, prepared: Prepared, columns: Columns, dropped: dict[str, DroppedRows]) -> None:
+def refuse_unusable(config: Config, prepared: Prepared, columns: Columns, dropped: dict[str, DroppedRows]) -> None:
     """Raise DataError if a file has no row that can be used, or a row is too long and that is to be an error."""
     if config.excess_length_strategy == "raise" and "too long" in dropped:
         long = dropped["too long"]
@@ -264,16 +284,21 @@ def _refuse_small_eval(tokens: int, documents: int, sequence_len: int) -> None:
 def _rows(
     documents: datasets.Dataset, order: np.ndarray, length: np.ndarray, sequence_len: int, packed: bool
 ) -> RowDataset:
-    lengths = length[order]
     if not packed:
-        return RowDataset(documents, order, np.arange(len(order) + 1), lengths.tolist())
-    rows = pack(lengths, sequence_len)
+        return RowDataset(documents, order, np.arange(len(order) + 1), length[order].tolist())
+    return packed_rows(documents, order, length, pack(length[order], sequence_len))
+
+
+def packed_rows(
+    documents: datasets.Dataset, order: np.ndarray, length: np.ndarray, rows: list[np.ndarray]
+) -> RowDataset:
+    """Rows of several documents; `rows` are indices into `order`, as `pack` gives them."""
     borders = np.cumsum([0, *map(len, rows)])
-    flat = np.concatenate(rows)
-    return RowDataset(documents, order[flat], borders, np.add.reduceat(lengths[flat], borders[:-1]).tolist())
+    order = order[np.concatenate(rows)]
+    return RowDataset(documents, order, borders, np.add.reduceat(length[order], borders[:-1]).tolist())
 
 
-def _collators(
+def collators(
     config: Config, tokenizer: Any
 ) -> tuple[PackedCollator | PaddedCollator, PackedCollator | PaddedCollator]:
     """(for train, for eval). Rows that are not packed in a packed run are laid flat as they are, without padding."""

@@ -61,19 +61,31 @@ class _Job:
     copied_at: float = 0.0
 
 
-def bring(files: list[tuple[DataFile, Path]], io: MountIO) -> tuple[list[LocalCopy], Transfer]:
+MORE_ROOM = "set dataset_prepared_path to a local disk with more room, or name fewer files"
+
+
+def bring(
+    files: list[tuple[DataFile, Path]],
+    io: MountIO,
+    expected: dict[str, str] | None = None,
+    more_room: str = MORE_ROOM,
+) -> tuple[list[LocalCopy], Transfer]:
     """Copy every file into the directory named with it, in the order given.
 
+    `expected` are the hashes that `manifests` found for a data set of which these files are a part; None: look for them.
+    `more_room` says what to do if the local disk is too small.
     Raises DataError for files that keep changing, do not fit on the local disk or are not what their manifest says, and
     MountError for a mount that fails for longer than `data_timeout`.
     """
     started = time.monotonic()
-    expected, unlisted = _manifests([file for file, _ in files], io)
+    unlisted: set[str] = set()
+    if expected is None:
+        expected, unlisted = manifests([file for file, _ in files], io)
     jobs = []
     for file, directory in files:
         size = io.stat(file.path, listed=True).size
         jobs.append(_Job(file, copy_path(file, directory), size, expected.get(file.path)))
-    _refuse_full_disk(jobs)
+    _refuse_full_disk(jobs, more_room)
     for job in jobs:
         _copy(job, io)
     _settle(jobs, io)
@@ -89,14 +101,17 @@ def bring(files: list[tuple[DataFile, Path]], io: MountIO) -> tuple[list[LocalCo
     return [job.copy for job in jobs], transfer
 
 
-def _refuse_full_disk(jobs: list[_Job]) -> None:
+def _refuse_full_disk(jobs: list[_Job], more_room: str) -> None:
     """Raise DataError before the first byte is read if the copies cannot fit."""
     wanted, directory = sum(job.size for job in jobs), jobs[0].target.parent
     free = shutil.disk_usage(directory).free
     if wanted > free:
+        files = (
+            f"{jobs[0].file.path} and what comes with it ({len(jobs)} files)" if len(jobs) > 1 else jobs[0].file.path
+        )
         raise DataError(
-            f"the data takes {wanted / 2**30:.2f} GiB, and the local disk below {directory.parent} has "
-            f"{free / 2**30:.2f} GiB free: set dataset_prepared_path to a local disk with more room, or name fewer files."
+            f"{files} needs {wanted / 2**30:.2f} GiB, and the local disk below {directory.parent} has "
+            f"{free / 2**30:.2f} GiB free: {more_room}."
         )
 
 
@@ -149,7 +164,7 @@ def _settle(jobs: list[_Job], io: MountIO) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ manifest
-def _manifests(files: list[DataFile], io: MountIO) -> tuple[dict[str, str], set[str]]:
+def manifests(files: list[DataFile], io: MountIO) -> tuple[dict[str, str], set[str]]:
     """(path -> sha256, data files named there that are not among `files`), from `sha256sum` manifests in the folders of
     the files and the folder that holds them all."""
     folders = {os.path.dirname(file.path) for file in files}

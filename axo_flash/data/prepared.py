@@ -91,12 +91,12 @@ def prepare(config: Config, tokenizer: Any) -> Prepared:
         try:
             origins, transfer = _read(config, work)
             key = _key(config, encoders, tokenizer, origins)
-            found = _open(root / key, origins)
+            found = open_set(root / key, origins)
             if found is None:
-                _make(config, encoders, origins, work)
+                make_set(config, encoders, origins, work)
                 shutil.rmtree(root / key, ignore_errors=True)  # a damaged set
                 os.rename(work / "set", root / key)
-                found = _open(root / key, origins)
+                found = open_set(root / key, origins)
                 if found is None:
                     raise DataError(f"the prepared set {root / key} cannot be read back: is the disk full or failing?")
                 found.cache_hit = False
@@ -224,6 +224,12 @@ def _from_hub(dataset: DatasetConfig) -> datasets.Dataset:
 
 
 def _key(config: Config, encoders: list[RowEncoder], tokenizer: Any, origins: list[Origin]) -> str:
+    content = [[origin.dataset, origin.sha256, origin.file and origin.file.format] for origin in origins]
+    return encoding_key(config, encoders, tokenizer, content=content)[:32]
+
+
+def encoding_key(config: Config, encoders: list[RowEncoder], tokenizer: Any, **more: Any) -> str:
+    """A hash of everything that decides which tokens and labels rows become, but for the files, and of `more`."""
     import tokenizers
     import transformers
 
@@ -231,7 +237,6 @@ def _key(config: Config, encoders: list[RowEncoder], tokenizer: Any, origins: li
     parts = {
         "format": FORMAT_VERSION,
         "libraries": [tokenizers.__version__, transformers.__version__],
-        "content": [[origin.dataset, origin.sha256, origin.file and origin.file.format] for origin in origins],
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "datasets": [
             {k: v for k, v in dataclasses.asdict(d).items() if k not in ("path", "data_files")} for d in config.datasets
@@ -240,7 +245,7 @@ def _key(config: Config, encoders: list[RowEncoder], tokenizer: Any, origins: li
         "rows": [config.sequence_len, config.excess_length_strategy, config.train_on_inputs],
         "rest": [config.eot_tokens, config.seed if uses_seed else None],
     }
-    return _digest(json.dumps(parts, sort_keys=True, default=str))[:32]
+    return _digest(json.dumps(parts | more, sort_keys=True, default=str))
 
 
 # --------------------------------------------------------------------------------------------------------------- make
@@ -310,7 +315,7 @@ def _dropped(reason: str, detail: str) -> dict[str, Any]:
     return {"input_ids": [], "labels": [], "length": 0, "trained": 0, "reason": reason, "detail": detail}
 
 
-def _make(config: Config, encoders: list[RowEncoder], origins: list[Origin], work: Path) -> None:
+def make_set(config: Config, encoders: list[RowEncoder], origins: list[Origin], work: Path) -> None:
     """Tokenise into `work`/set: data*.arrow and meta.json."""
     import datasets
 
@@ -397,7 +402,7 @@ def _selected(source: records.Staged, first_row: int, ranks: np.ndarray | None) 
 
 
 # --------------------------------------------------------------------------------------------------------------- open
-def _open(path: Path, origins: list[Origin]) -> Prepared | None:
+def open_set(path: Path, origins: list[Origin]) -> Prepared | None:
     """The set at `path`, or None if there is none that is whole."""
     import datasets
     import pyarrow as pa

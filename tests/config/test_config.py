@@ -439,6 +439,25 @@ BETWEEN = [
     ("adapter: lora\nlora_r: 8\nlora_alpha: 8", "adapter: no layer to adapt; set lora_target_linear: true"),
     ("bf16: true\nfp16: true", "fp16: excludes bf16, which is true too"),
     ("sample_packing: true\ngroup_by_length: true", "group_by_length: excludes sample_packing"),
+    ("streaming: true", "streaming: needs max_steps, as the number of rows is not known before they are read"),
+    ("streaming: true\nmax_steps: 9\nval_set_size: 9", "val_set_size: rows cannot be held out of a stream"),
+    ("streaming: true\nmax_steps: 9\ngroup_by_length: true", "group_by_length: a stream has no lengths to sort by"),
+    ("streaming: true\nmax_steps: 9\ndemo: true", "streaming: the demo's mount is gone when training begins"),
+    ("streaming: true\nmax_steps: 9\nsaves_per_epoch: 2", "saves_per_epoch: the length of an epoch is not known"),
+    ("streaming: true\nmax_steps: 9\nsave_strategy: epoch", "save_strategy: the length of an epoch is not known"),
+    ("streaming: true\nmax_steps: 9\nevals_per_epoch: 2", "evals_per_epoch: the length of an epoch is not known"),
+    ("test_datasets: [{path: x, type: alpaca}]", "test_datasets: acts with streaming: true alone; hold rows out"),
+    ("test_datasets: [{path: x, tpye: alpaca}]", "test_datasets[0].tpye: unknown key; did you mean 'type'?"),
+    ("streaming: true\nmax_steps: 9\ntest_datasets: x", "test_datasets: got 'x', expected a list of datasets"),
+    ("streaming_prefetch_shards: 2", "streaming_prefetch_shards: acts with streaming: true alone"),
+    (
+        "streaming_multipack_buffer_size: 9\nsample_packing: true",
+        "streaming_multipack_buffer_size: acts with streaming: true alone; set it, or remove this",
+    ),
+    (
+        "streaming: true\nmax_steps: 9\nstreaming_multipack_buffer_size: 9",
+        "streaming_multipack_buffer_size: acts with sample_packing: true alone",
+    ),
     ("data_timeout: 60", "stall_timeout: got 330, expected less than data_timeout, which is 60"),
     (
         "attn_implementation: sdpa\nattention_backend: triton",
@@ -465,6 +484,24 @@ BETWEEN = [
 def test_rules_between_keys(problems, lines, message):
     (error,) = problems(SMALL + lines)
     assert message in error and error.startswith("run.yml")
+
+
+def test_rows_to_evaluate_a_stream_on(load):
+    lines = "streaming: true\nmax_steps: 9\neval_steps: 3\ntest_datasets: [{path: x, type: completion, field: y}]\n"
+    config = load(SMALL + lines, "test_datasets.0.field=z")
+    assert [(entry.path, entry.field) for entry in config.test_datasets] == [("x", "z")]
+    assert config.eval_schedule() == ("steps", 3) and load(SMALL + "test_datasets: []").test_datasets is None
+
+
+@pytest.mark.parametrize("line", ["shards: 4", "split: train[:100]"])
+def test_a_stream_reads_whole_files(problems, load, line):
+    streamed = (
+        SMALL.replace("    type: alpaca\n", f"    type: alpaca\n    {line}\n") + "streaming: true\nmax_steps: 9\n"
+    )
+    (error,) = problems(streamed)
+    assert f"datasets: entry 0: {line.split(':')[0]} chooses among all rows of a dataset" in error
+    assert load(streamed.replace(line, "split: train")).streaming
+    assert not load(streamed, "streaming=false").streaming
 
 
 @pytest.mark.parametrize(

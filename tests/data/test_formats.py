@@ -13,6 +13,7 @@ from axo_flash.data.chat import PLACEHOLDERS
 from axo_flash.data.document import IGNORE, Document, RowError
 from axo_flash.data.files import DataError
 from axo_flash.data.formats import fit, make_encoder
+from axo_flash.data.inputs import InputError, template_text
 from axo_flash.data.templates import chat_template, template_names
 
 TOKENIZER = golden.tiny_tokenizer(plain=False)
@@ -128,7 +129,7 @@ def test_numbers_are_written_into_prompts():
                 "type": "chat_template",
                 "config": {"eot_tokens": ["<>"]},
                 "chat_template": "jinja",
-                "chat_template_jinja": "<>",
+                "chat_template_jinja": "{{ 1 }}<>",
             },
             r"eot_tokens: '<>' is 2 tokens .*; add it under tokens",
         ),
@@ -151,8 +152,13 @@ def test_tokenizer_without_template_is_told_which_there_are():
 
 
 def test_template_from_a_file(tmp_path):
+    config = Config(base_model="x", learning_rate=1e-4, datasets=[])
     (tmp_path / "mine.jinja").write_text("{{ messages[0]['content'] }}")
-    assert chat_template("jinja", str(tmp_path / "mine.jinja"), TOKENIZER) == "{{ messages[0]['content'] }}"
+    assert template_text(str(tmp_path / "mine.jinja"), config) == "{{ messages[0]['content'] }}"
+    assert template_text("{{ 1 }}", config) == "{{ 1 }}" and template_text(None, config) is None
+    with pytest.raises(InputError, match=r"'nowhere.jinja', which is neither a file nor a template"):
+        template_text("nowhere.jinja", config)
+    assert chat_template("jinja", "{{ 2 }}", TOKENIZER) == "{{ 2 }}"
     assert chat_template(None, "{{ 1 }}", TOKENIZER) == "{{ 1 }}"
     assert {"chatml", "llama3", "mistral_v1", "alpaca", "jinja", "tokenizer_default"} <= set(template_names())
 

@@ -8,8 +8,8 @@ probability that a matching call fails, drawn with `seed`. Actions: errno; delay
 gone); short (half of the bytes of a read); flip (one bit of a read); zeros (a read gives NULs); half_size (getattr says
 half of the size); lost (a write that stores nothing and says it did); torn (a write that stores half and says all); full
 (a write is ENOSPC once `bytes` were written since the rule came); hide (for the op `list`: a name is left out of a
-listing); crash (the daemon ends). Every fault is one line in LOG; every process that calls, by its id, one in
-LOG.callers.
+listing); crash (the daemon ends); note (nothing). Every fault is one line in LOG;
+every process that calls, by its id, one in LOG.callers.
 
 It behaves as hopsfs-mount in what matters here: direct_io, no links, fsync that does nothing, and what is written is
 stored by close() alone: a close that fails leaves an empty file, a daemon that dies leaves one too. With `cached` the

@@ -19,12 +19,11 @@ def template_names() -> list[str]:
 
 
 def chat_template(name: str | None, jinja: str | None, tokenizer: Any) -> str:
-    """The template that `chat_template: name` means; `jinja` is its text or a path to it. Raises DataError."""
+    """The template that `chat_template: name` means; `jinja` is the text of an own one. Raises DataError."""
     if name == "jinja" or (not name and jinja):
         if not jinja:
             raise DataError("chat_template: jinja needs chat_template_jinja (the template, or a path to it).")
-        is_path = len(jinja) < 4096 and "{" not in jinja and Path(jinja).is_file()
-        return Path(jinja).read_text(encoding="utf-8") if is_path else jinja
+        return jinja
     name = name or "tokenizer_default"
     if name == "tokenizer_default" or name.startswith(FALLBACK):
         if tokenizer.chat_template:
