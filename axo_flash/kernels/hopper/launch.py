@@ -25,10 +25,11 @@ BACKWARD = {
     64: dict(BLOCK_M=64, BLOCK_N=128, STAGES=4, EARLY=True, REGS=216),
     128: dict(BLOCK_M=64, BLOCK_N=128, STAGES=4, EARLY=False, REGS=216),
 }
-# What the heads that are worked on together may take of the cache. More where tiles differ in length, as with more heads at
-# once they balance better: (forward, backward).
-L2_BYTES = (8 << 20, 8 << 20)
-L2_BYTES_UNEQUAL = (32 << 20, 64 << 20)
+# What the heads that are worked on together may take of the cache; more where tiles differ in length, as with more heads at
+# once these balance better.
+L2_BYTES = 8 << 20
+L2_BYTES_UNEQUAL = 32 << 20
+FEWEST_HEADS = 4  # at once, backward, where tiles differ in length
 LONG = 2048  # keys, from which on the forward issues the scores first
 RAGGED_ROWS = 1 << 30
 COUNTERS = 4096
@@ -201,8 +202,11 @@ class Tiles:
         self.keys = length_other // max(batch, 1) if spec.varlen else length_other
         # heads whose other side fits into the cache together: of K and V forward, of Q, dO and dQ backward
         bytes_of_head = length_other * spec.head_dim * (4 if queries else 8 * self.group)
-        l2_bytes = (L2_BYTES_UNEQUAL if unequal else L2_BYTES)[0 if queries else 1]
-        at_once = max(1, l2_bytes // bytes_of_head) * (spec.group_size if queries else 1)
+        at_once = max(1, (L2_BYTES_UNEQUAL if unequal else L2_BYTES) // bytes_of_head)
+        if queries:
+            at_once *= spec.group_size
+        elif unequal:  # in sections of about one size
+            at_once = -(-most // -(-most // max(at_once, FEWEST_HEADS)))
         self.programs = min(multiprocessors(x.device), num_tiles)
         self.arguments = (
             schedule, counter, num_tiles, heads, seqlen_q, seqlen_k, batch, min(at_once, most), left, right,
