@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from axo_flash.kernels.hopper import launch
 from axo_flash.kernels.hopper.schedule import schedule_kernel
 from axo_flash.kernels.hopper.workspace import finish_kernel, prepare_kernel
 
@@ -109,3 +110,25 @@ def test_workspace_before_and_after(varlen, align):
         torch.testing.assert_close(got, (acc[:, place : place + n] * scale).half().transpose(0, 1))
     if varlen:
         assert (dq[-tail:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "heads", "unequal", "forward_group", "expected"),
+    [
+        (4096, 64, False, 1, 4),  # 2 MB of K and V a head: 8 MB of them
+        (4096, 64, True, 1, 16),
+        (8192, 64, True, 4, 32),  # four query heads read the same 4 MB
+        (1 << 20, 32, True, 4, 4),  # more than the cache holds: one kv head
+        (4096, 3, True, 1, 3),
+        (4096, 64, False, 0, 2),  # 4 MB of Q, dO and dQ
+        (4096, 64, True, 0, 8),
+        (1024, 256, True, 0, 32),
+        (16384, 16, True, 0, 4),
+        (16384, 14, True, 0, 4),
+        (16384, 5, True, 0, 3),  # 3 and 2, not 4 and 1
+        (16384, 2, True, 0, 2),
+    ],
+)
+def test_heads_at_once(seqlen, heads, unequal, forward_group, expected):
+    bytes_of_head = seqlen * 128 * (4 if forward_group else 8)
+    assert launch.heads_at_once(heads, bytes_of_head, unequal, forward_group) == expected

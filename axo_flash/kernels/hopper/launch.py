@@ -200,18 +200,29 @@ class Tiles:
             batch, schedule = x.shape[0], counter
             num_tiles, most = batch * heads * -(-length // block), batch * heads
         self.keys = length_other // max(batch, 1) if spec.varlen else length_other
-        # heads whose other side fits into the cache together: of K and V forward, of Q, dO and dQ backward
+        # of the other side: K and V forward; Q, dO and dQ backward
         bytes_of_head = length_other * spec.head_dim * (4 if queries else 8 * self.group)
-        at_once = max(1, (L2_BYTES_UNEQUAL if unequal else L2_BYTES) // bytes_of_head)
-        if queries:
-            at_once *= spec.group_size
-        elif unequal:  # in sections of about one size
-            at_once = -(-most // -(-most // max(at_once, FEWEST_HEADS)))
+        section = heads_at_once(most, bytes_of_head, unequal, spec.group_size if queries else 0)
         self.programs = min(multiprocessors(x.device), num_tiles)
         self.arguments = (
-            schedule, counter, num_tiles, heads, seqlen_q, seqlen_k, batch, min(at_once, most), left, right,
+            schedule, counter, num_tiles, heads, seqlen_q, seqlen_k, batch, section, left, right,
         )  # fmt: skip
         self.constants = dict(VARLEN=spec.varlen, HAS_LEFT=has_left, HAS_RIGHT=has_right)
+
+
+def heads_at_once(heads: int, bytes_of_head: int, unequal: bool, forward_group: int) -> int:
+    """How many of `heads` are worked on together, so that what their tiles read lies in the cache meanwhile.
+
+    unequal: tiles differ in length. forward_group: query heads of a kv head forward, where they share what they read; 0
+    backward.
+    """
+    at_once = max(1, (L2_BYTES_UNEQUAL if unequal else L2_BYTES) // bytes_of_head)
+    if forward_group:
+        return min(at_once * forward_group, heads)
+    if unequal:
+        at_once = max(at_once, FEWEST_HEADS)
+        at_once = math.ceil(heads / math.ceil(heads / at_once))  # sections of about one size
+    return min(at_once, heads)
 
 
 # --- launches -------------------------------------------------------------------------------------------------------
