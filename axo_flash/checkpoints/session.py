@@ -164,8 +164,8 @@ class Session:
             for skipped in self.found.skipped:
                 self.say(f"skipped {skipped}")
             require_same_config(self.found, identity_of(self.config))
-            if not self.mounted and self.found.local.is_relative_to(self.staging):
-                # now, and not beside training: the trainer reads it where it will stay
+            if not self.mounted and Path(self.found.source).is_relative_to(self.staging):
+                # left by a killed run; now, and not beside training: the trainer reads it where it will stay
                 path = self.output.path(self.output.publish(self.found.local))
                 self.found = replace(self.found, source=path, local=Path(path))
             self.say(f"going on from {self.found.source}, verified")
