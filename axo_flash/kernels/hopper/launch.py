@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.experimental.gluon.language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -21,8 +22,10 @@ FORWARD = {
     64: dict(NUM_WG=3, BLOCK_N=128, STAGES=3, SCORES_FIRST=False, REGS=160),
     128: dict(NUM_WG=2, BLOCK_N=128, STAGES=2, SCORES_FIRST=True, REGS=240),
 }
+# ptxas 12.9, which triton 3.8 brings, serialises all products (C7514) where dS is computed beside the next scores.
+EARLY = not triton.__version__.startswith("3.8.")
 BACKWARD = {
-    64: dict(BLOCK_M=64, BLOCK_N=128, STAGES=4, EARLY=True, REGS=216),
+    64: dict(BLOCK_M=64, BLOCK_N=128, STAGES=4, EARLY=EARLY, REGS=216),
     128: dict(BLOCK_M=64, BLOCK_N=128, STAGES=4, EARLY=False, REGS=216),
 }
 # What the heads that are worked on together may take of the cache; more where tiles differ in length, as with more heads at
