@@ -236,7 +236,8 @@ class MountIO:
     ) -> CopiedFile:
         """Copy a file to local disk in one sequential pass, and again from the start if it changed meanwhile.
 
-        `local_dst` appears whole or not at all. `progress` gets the bytes that are there; after a fault it starts again.
+        `local_dst` appears whole or not at all. `progress` gets the bytes that are there, now and then and at the
+        end; after a fault it starts again.
         `listed`: a listing names the file, so that its absence may be a fault that passes. `durable`: flushed to the
         disk (fsync); needless for a copy that this process alone will read.
         """
@@ -244,6 +245,8 @@ class MountIO:
         state = _Try(os.fspath(src_on_mount), writes=False, local=local, retry_missing=listed, progress=progress)
         copied = CopiedFile(*self._run("copy_in", state, name="src", dst=local, durable=durable))
         self.stats.bytes_in += copied.size
+        if progress is not None:
+            progress(copied.size)
         return copied
 
     def copy_out(self, local_src: str, dst_on_mount: str, progress: Callable[[int], None] | None = None) -> CopiedFile:

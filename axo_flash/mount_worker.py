@@ -17,12 +17,16 @@ import os
 import re
 import stat
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-BLOCK_BYTES = 4 << 20
+# A read that is in flight and the block that is hashed and written fit in a core's cache together: with 4 MiB the copy
+# takes half as long again and more (scripts/bench/NOTES.md). No FUSE request is larger than 1 MiB.
+BLOCK_BYTES = 512 << 10
+REPORT_SECONDS = 0.05  # between two reports of how far a copy is: each wakes the parent
 # What some file systems answer to fsync and fadvise, which they do not have. Whether data is stored, close() decides.
 NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
@@ -190,7 +194,7 @@ def read_bytes(report: Report, path: str, limit: int) -> str:
 
 
 def _blocks(descriptor: int, path: str) -> Iterator[memoryview]:
-    """The file in blocks of 4 MiB at explicit offsets; the next one is read while the last is hashed and written.
+    """The file in blocks at explicit offsets; the next one is read while the last is hashed and written.
 
     A block is good until the next one is asked for: two buffers take turns, as memory that is new for every block costs
     more than the hash.
@@ -375,12 +379,20 @@ def serve() -> None:
         while line:
             line = line[os.write(1, line) :]
 
+    said = 0.0
+
+    def report(message: dict[str, Any]) -> None:
+        nonlocal said
+        if message.keys() != {"at"} or time.monotonic() - said >= REPORT_SECONDS:
+            said = time.monotonic()
+            say(message)
+
     os.umask(0o022)
     say({"ready": True})
     for line in sys.stdin.buffer:
         request = json.loads(line)
         try:
-            say({"result": OPERATIONS[request.pop("operation")](say, **request)})
+            say({"result": OPERATIONS[request.pop("operation")](report, **request)})
         except Fault as fault:
             say({"fault": [fault.code, fault.text, fault.path, fault.offset]})
         except Exception:  # handed to the parent, which raises it

@@ -155,7 +155,7 @@ def test_the_error_says_where_what_how_long_and_what_to_do(places, monkeypatch):
     with pytest.raises(MountError) as error:
         run_copy_in(inline(timeout=0.05), *places)
     message = str(error.value)
-    assert f"copy_in of {places[0] / 'file'}, which got to byte 4,194,304, on " in message and "ENOTCONN" in message
+    assert f"copy_in of {places[0] / 'file'}, which got to byte 524,288, on " in message and "ENOTCONN" in message
     assert f"gave up after {error.value.tries} tries in 0." in message and "fusermount3 -uz" in message
     assert str(mount_io.find_mount(places[0])) in message
 
@@ -284,7 +284,7 @@ def test_the_helper_process_does_everything(io, places):
         io.listdir(str(places[0] / "absent"))
     seen = []
     copied = io.copy_in(str(places[0] / "file"), str(places[1] / "copy"), seen.append)
-    assert isinstance(copied, CopiedFile) and seen == [4 << 20, 8 << 20, 9 << 20]
+    assert isinstance(copied, CopiedFile) and seen == sorted(seen) and seen[-1] == 9 << 20
     assert io.stats.retries == 0 and not any(os.path.realpath(f"/proc/self/fd/{fd}").startswith(str(places[0]))
                                              for fd in os.listdir("/proc/self/fd"))  # fmt: skip
     pid = io._helper.process.pid

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from axo_flash.errors import UserError
+from axo_flash.mount_worker import BLOCK_BYTES
 
-BLOCK_BYTES = 4 << 20
 FAULTS = (OSError, UserError)  # how a Storage fails: errno as it came, or after its own retries with what to do
 Progress = Callable[[int], None]
 

@@ -1,7 +1,7 @@
 """Data files: which files a dataset means, that they lie on the mount that was asked for, and reading local ones.
 
 A FUSE mount (HopsFS, s3fs, rclone, ...) punishes small random reads, a `stat` per sample and every `mmap` (SIGBUS when
-the daemon dies). So a file is read once, whole, from front to back in 4 MiB blocks by one reader, hashed on the way and
+the daemon dies). So a file is read once, whole, from front to back in blocks by one reader, hashed on the way and
 copied to local disk; everything after that works on the local copy. Files on a local disk are read here (`fetch`); what
 touches a mount, listing included, is left to the helper process of `MountIO` (see mounted.py).
 """
@@ -25,7 +25,8 @@ from axo_flash.mounts import MOUNTINFO, Mount, find_mount, real_place
 if TYPE_CHECKING:
     from axo_flash.config import DatasetConfig
 
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = mount_worker.BLOCK_BYTES
+SHOWN_BYTES = 64 << 20  # of larger files one sees how far they are read
 FORMAT_OF_EXTENSION = {
     ".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow",
 }  # fmt: skip
@@ -134,7 +135,7 @@ def split_name(split: str | None) -> str:
 
 
 def read_blocks(path: str | os.PathLike) -> Iterator[bytes]:
-    """Yield the whole file in blocks of 4 MiB, in order, through one descriptor: every read of data comes here.
+    """Yield the whole file in blocks, in order, through one descriptor: every read of data comes here.
 
     Explicit offsets (pread), no mmap, no readahead advice (sshfs refuses it). A file that ends before the size that it
     declared raises OSError(EIO): a silent short read would be silently fewer rows.
@@ -178,7 +179,7 @@ def progress_bar(path: str, total: int) -> Any:
     """A tqdm bar of bytes for reading `path`; small files have none."""
     from tqdm.auto import tqdm
 
-    hidden = None if total > 16 * BLOCK_BYTES else True
+    hidden = None if total > SHOWN_BYTES else True
     return tqdm(total=total, unit="B", unit_scale=True, desc=f"Reading {os.path.basename(path)}", disable=hidden)
 
 

@@ -187,7 +187,7 @@ def test_fetch_copies_and_hashes_in_order_through_one_reader(tmp_path, monkeypat
     assert copy.sha256 == hashlib.sha256(content).hexdigest() and copy.size == len(content)
     assert copy.path.read_bytes() == content
     assert opened == [str(source)]
-    assert reads == [(4 << 20, at) for at in (0, 4 << 20, 8 << 20, 9 << 20)]
+    assert reads == [(files.BLOCK_BYTES, at) for at in range(0, (9 << 20) + 1, files.BLOCK_BYTES)]
 
 
 def test_a_short_read_is_an_error(tmp_path, monkeypatch):
