@@ -45,6 +45,8 @@ def local_directory(key: str, path: str, config: Config, weights: bool) -> str:
     """
     place = _on_a_mount(key, path, config)
     if place is None:
+        if not os.path.isdir(path):
+            _refuse_cache_on_fuse(key, path)
         return path
     from huggingface_hub.utils import WeakFileLock
 
@@ -54,6 +56,7 @@ def local_directory(key: str, path: str, config: Config, weights: bool) -> str:
         if info is None and looks_like_hub_id(
             path
         ):  # the working directory lies on the mount, and holds no such folder
+            _refuse_cache_on_fuse(key, path)
             return path
         if info is None or not info.is_dir:
             found = "a file" if info else "nothing"
@@ -68,6 +71,19 @@ def local_directory(key: str, path: str, config: Config, weights: bool) -> str:
                 _update(place, copy, {name: names[name] for name in wanted}, io)
             _forget(copy, set(names))
     return str(copy)
+
+
+def _refuse_cache_on_fuse(key: str, path: str) -> None:
+    """Raise InputError if `path` is an id on the Hub and the Hub's cache lies on a FUSE mount: it is mapped from there."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    mount = find_mount(real_place(HF_HUB_CACHE))
+    if mount.is_fuse and looks_like_hub_id(path):
+        raise InputError(
+            f"{key}: {path} would be downloaded to {HF_HUB_CACHE} on {mount} and memory-mapped there, which ends the run "
+            "when the mount's daemon does. Set HF_HOME to a directory on a local disk, or name the model's own directory "
+            "on the mount: it is brought over first."
+        )
 
 
 def template_text(jinja: str | None, config: Config) -> str | None:

@@ -272,6 +272,16 @@ def test_an_id_on_the_hub_is_one_though_the_working_directory_lies_on_a_mount(mo
     monkeypatch.chdir("/")
 
 
+def test_a_cache_of_the_hub_on_a_mount_is_refused(mount, config, directory, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(mount.point / "hub"))
+    with pytest.raises(
+        InputError, match=r"base_model: owner/name would be downloaded to .*hub on .*faults.* Set HF_HOME"
+    ):
+        local_directory("base_model", "owner/name", config(), weights=True)
+    local = str(directory / "tiny-llama")
+    assert local_directory("base_model", local, config(), weights=True) == local
+
+
 def test_an_adapter_to_go_on_from(mount, config, directory, undisturbed, tmp_path):
     shutil.copytree(directory / "undisturbed", mount.backing / "adapter")
     keys = {"lora_model_dir": str(mount.point / "adapter"), "lora_r": None, "lora_alpha": None}
