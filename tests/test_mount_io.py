@@ -328,12 +328,12 @@ def test_no_write_beside_a_helper_that_may_still_write_there(io, places):
     monkey = mount_io._Try(str(places[0] / "new"), writes=True)
     kill, helper.kill = helper.kill, lambda: None  # as one that hangs in the kernel, where no signal reaches it
     io._leave_behind(monkey)
-    threading.Timer(0.5, kill).start()
+    threading.Timer(2.0, kill).start()
     started = time.monotonic()
     assert io.stat(str(places[0] / "file")).size == len(CONTENT)  # reading need not wait
-    assert time.monotonic() - started < 0.4
+    assert time.monotonic() - started < 1.5
     run_copy_out(io, *places)
-    assert time.monotonic() - started > 0.4 and io.stats.retries > 0
+    assert time.monotonic() - started > 1.5 and io.stats.retries > 0
 
 
 def test_an_interrupted_call_leaves_no_answer_for_the_next(io, places):
