@@ -90,31 +90,79 @@ def backward(dout, q, k, v, out, lse, *, spec: AttentionSpec, cu_seqlens_q=None,
             cu_seqlens = dict(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
             return backward(dout, q, k, v, out, lse, spec=spec, dlse=dlse, **cu_seqlens)
     config = BACKWARD[spec.head_dim]
-    block, keys = config["BLOCK_M"], config["BLOCK_N"] // 2
     q, k, v, dout, out = (copyable(x) for x in (q, k, v, dout, out))
-    heads, head_dim = spec.num_heads, spec.head_dim
-    batch, seqlen = (cu_seqlens_q.numel() - 1, q.shape[0]) if spec.varlen else q.shape[:2]
-    rows = padded_rows(batch, seqlen, block, spec.varlen)
-    float32 = dict(dtype=torch.float32, device=q.device)
-    lse_log2, dp_start = torch.empty((2, heads, rows), **float32)
-    dq_acc = torch.empty((heads, rows, head_dim), **float32)
-    turns = lse_log2  # not read
-    if spec.deterministic:
-        turns = torch.zeros((heads, rows // block), dtype=torch.int32, device=q.device)
+    space = Workspace.of(spec, q, cu_seqlens_q, config["BLOCK_M"])
     tiles = Tiles(spec, k, q, cu_seqlens_k, cu_seqlens_q, config["BLOCK_N"], queries=False)
     share = spec.group_size // tiles.group
     if share > 1:  # what each query head owes, to be added up
-        dk, dv = torch.empty((2, *k.shape[:-2], heads, head_dim), dtype=k.dtype, device=k.device)
-    around = dict(HEAD_DIM=head_dim, BLOCK=ROWS, ALIGN=block, VARLEN=spec.varlen)
-    dlse = None if dlse is None else dlse.contiguous()
+        dk, dv = torch.empty((2, *k.shape[:-2], spec.num_heads, spec.head_dim), dtype=k.dtype, device=k.device)
+    _prepare(space, out, dout, lse.contiguous(), None if dlse is None else dlse.contiguous())
+    _add_up(space, tiles, share, config, q, k, v, dout, dk, dv)
+    _finish(space, dq)
+    if share > 1:
+        dk, dv = (x.unflatten(-2, (-1, share)).sum(-2) for x in (dk, dv))
+    return dq, dk, dv
+
+
+class Workspace(NamedTuple):
+    """What the three kernels of a backward hand to one another, each sequence's rows beginning on a multiple of `block`.
+
+    Attributes:
+        lse_log2, dp_start: (heads, rows) fp32: lse in base 2; what dP starts at, -delta (+ dlse).
+        dq_acc: (heads, rows, head_dim) fp32, in the order of accumulators in registers.
+        turns: (heads, rows / block) int32, whose turn it is to add to dq; None where the order is free.
+    """
+
+    spec: AttentionSpec
+    cu_seqlens_q: torch.Tensor | None
+    block: int
+    batch: int
+    seqlen: int
+    rows: int
+    lse_log2: torch.Tensor
+    dp_start: torch.Tensor
+    dq_acc: torch.Tensor
+    turns: torch.Tensor | None
+
+    @classmethod
+    def of(cls, spec: AttentionSpec, q: torch.Tensor, cu_seqlens_q: torch.Tensor | None, block: int) -> Workspace:
+        batch, seqlen = (cu_seqlens_q.numel() - 1, q.shape[0]) if spec.varlen else q.shape[:2]
+        rows = padded_rows(batch, seqlen, block, spec.varlen)
+        float32 = dict(dtype=torch.float32, device=q.device)
+        lse_log2, dp_start = torch.empty((2, spec.num_heads, rows), **float32)
+        dq_acc = torch.empty((spec.num_heads, rows, spec.head_dim), **float32)
+        turns = None
+        if spec.deterministic:
+            turns = torch.zeros((spec.num_heads, rows // block), dtype=torch.int32, device=q.device)
+        return cls(spec, cu_seqlens_q, block, batch, seqlen, rows, lse_log2, dp_start, dq_acc, turns)
+
+    @property
+    def programs(self) -> tuple[int, int]:
+        """Of the kernels before and after."""
+        return self.rows // ROWS, self.spec.num_heads
+
+    @property
+    def constants(self) -> dict:
+        return dict(HEAD_DIM=self.spec.head_dim, BLOCK=ROWS, ALIGN=self.block, VARLEN=self.spec.varlen)
+
+    def describe_rows(self, x: torch.Tensor) -> Descriptor:
+        return Descriptor(x, [self.spec.num_heads, self.rows], [self.rows, 1], [1, self.block])
+
+
+def _prepare(space: Workspace, out, dout, lse, dlse) -> None:
     launch(
         prepare_kernel,
-        (rows // ROWS, heads),
-        q.dtype,
-        (out, dout, lse.contiguous(), dlse, lse_log2, dp_start, dq_acc, cu_seqlens_q, *strides(out), *strides(dout), heads,
-         batch, seqlen, rows),
-        dict(**around, HAS_DLSE=dlse is not None),
+        space.programs,
+        out.dtype,
+        (out, dout, lse, dlse, space.lse_log2, space.dp_start, space.dq_acc, space.cu_seqlens_q, *strides(out),
+         *strides(dout), space.spec.num_heads, space.batch, space.seqlen, space.rows),
+        dict(**space.constants, HAS_DLSE=dlse is not None),
     )  # fmt: skip
+
+
+def _add_up(space: Workspace, tiles: Tiles, share: int, config: dict, q, k, v, dout, dk, dv) -> None:
+    """dk, dv and dq_acc."""
+    block, keys, spec = space.block, config["BLOCK_N"] // 2, space.spec
     launch(
         backward_kernel,
         tiles.programs,
@@ -124,22 +172,22 @@ def backward(dout, q, k, v, out, lse, *, spec: AttentionSpec, cu_seqlens_q=None,
             describe(k, keys),
             describe(v, keys),
             describe(dout, block),
-            Descriptor(lse_log2, [heads, rows], [rows, 1], [1, block]),
-            Descriptor(dp_start, [heads, rows], [rows, 1], [1, block]),
-            dq_acc,
+            space.describe_rows(space.lse_log2),
+            space.describe_rows(space.dp_start),
+            space.dq_acc,
             describe(dk, keys),
             describe(dv, keys),
             *tiles.arguments[:2],
-            turns,
+            space.lse_log2 if space.turns is None else space.turns,  # a pointer there must be, read or not
             *tiles.arguments[2:],
-            rows,
+            space.rows,
             spec.softmax_scale,
             spec.softmax_scale * LOG2E,
             tiles.group,
             share,
         ),
         dict(
-            D=head_dim,
+            D=spec.head_dim,
             BLOCK_M=block,
             BLOCK_N=config["BLOCK_N"],
             STAGES=config["STAGES"],
@@ -149,16 +197,17 @@ def backward(dout, q, k, v, out, lse, *, spec: AttentionSpec, cu_seqlens_q=None,
             REGS=config["REGS"],
         ),
     )
+
+
+def _finish(space: Workspace, dq) -> None:
     launch(
         finish_kernel,
-        (rows // ROWS, heads),
-        q.dtype,
-        (dq_acc, dq, cu_seqlens_q, *strides(dq), batch, seqlen, rows, spec.softmax_scale),
-        around,
-    )
-    if share > 1:
-        dk, dv = (x.unflatten(-2, (-1, share)).sum(-2) for x in (dk, dv))
-    return dq, dk, dv
+        space.programs,
+        dq.dtype,
+        (space.dq_acc, dq, space.cu_seqlens_q, *strides(dq), space.batch, space.seqlen, space.rows,
+         space.spec.softmax_scale),
+        space.constants,
+    )  # fmt: skip
 
 
 def padded_rows(batch: int, seqlen: int, block: int, varlen: bool) -> int:
