@@ -343,8 +343,13 @@ def shared_layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLay
 def copyable(x: torch.Tensor) -> torch.Tensor:
     """x, or a contiguous copy if the copy engine cannot read it: it wants 16-byte addresses and strides, nothing expanded."""
     *outer, last = x.stride()
-    fits = last == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in outer)
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
+    if last == 1 and x.data_ptr() % 16 == 0:
+        for stride in outer:  # a loop, as this is asked of every argument of every call
+            if stride <= 0 or stride % 8:
+                break
+        else:
+            return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def strides(x: torch.Tensor) -> tuple[int, int, int]:
