@@ -8,6 +8,8 @@ function, as transformers drops padding masks of a name without one.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from axo_flash.layout import Layout, find_layout
@@ -73,6 +75,13 @@ def attention(
         ValueError: dropout, softcap, sinks, attention weights, 4-D masks, paged caches, or packing that would leak.
     """
     _refuse_unsupported(module, attention_mask, dropout, softcap, s_aux, output_attentions, cache, position_ids)
+    if getattr(attention_mask, "axo_flash_packed", False):
+        if position_ids is None and cu_seq_lens_q is None:
+            raise ValueError(
+                f"{NAME}: the batch is packed, and {type(module).__name__} is not handed the position_ids that tell its "
+                "documents apart: also pass cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k to the model"
+            )
+        attention_mask = None  # all of it are tokens
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if sliding_window is not None and not causal:
         raise ValueError(f"{NAME}: sliding_window={sliding_window} needs causal attention; use 'sdpa' for this model")
@@ -128,16 +137,24 @@ def attention_mask(
         the n columns; only a single query (whose column is its last True one) may be followed by an empty tail.
     """
     if use_vmap or "allow_is_bidirectional_skip" in kwargs:
-        raise ValueError(f"{NAME} computes causal masks with padding, packing and windows; use 'sdpa' for other masks")
+        raise ValueError(_OTHER_MASK)
     if local_size is not None and local_size != getattr(config, "sliding_window", None):
         raise ValueError(f"{NAME} has no chunked attention (attention_chunk_size={local_size}); use 'sdpa'")
+    if config is not None and (other := _own_attention(type(config))):
+        raise ValueError(f"{NAME}: {other} computes attention of its own and would never call ours: use 'eager'")
+    deviates = not kwargs.get("allow_is_causal_skip", True) and q_length > 1 and mask_function is not None
+    if deviates:  # from what the other arguments say: packed rows, or blocks that see both ways
+        _refuse_blocks(mask_function, batch_size, q_length, q_offset, device)
     if isinstance(q_offset, torch.Tensor) and (q_length == 1 or torch.compiler.is_compiling()):
         return _static_cache_mask(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device)
     existing = int(q_offset) + q_length - kv_offset  # of the kv_length keys
     if attention_mask is None:
-        if existing == kv_length:
+        packed = deviates and not torch.compiler.is_compiling()
+        if existing == kv_length and not packed:
             return None
-        return torch.ones((batch_size, existing), dtype=torch.bool, device=device)
+        everything = torch.ones((batch_size, existing), dtype=torch.bool, device=device)
+        everything.axo_flash_packed = packed
+        return everything
     if attention_mask.shape[1] == existing:  # also what `generate` made here beforehand and hands in again
         return attention_mask
     if attention_mask.shape[1] < kv_offset + existing:
@@ -213,6 +230,40 @@ def weight_dtype(module: torch.nn.Module) -> torch.dtype:
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
+
+_OTHER_MASK = f"{NAME} computes causal masks with padding, packing and windows; use 'sdpa' for other masks"
+
+
+def takes_names(model_class: type) -> bool:
+    """Whether a transformers model of this class calls the attention that is registered under the name it was given."""
+    return model_class._can_set_attn_implementation()
+
+
+@torch.compiler.assume_constant_result
+def _own_attention(config_class: type) -> str | None:
+    return _own_attention_cached(config_class)
+
+
+@cache
+def _own_attention_cached(config_class: type) -> str | None:
+    """The model class of this configuration if it is of the older kind (BLOOM, XGLM, ...), which takes any name and
+    computes attention of its own, to which "no mask" means that a token sees the later ones."""
+    from transformers import MODEL_MAPPING
+
+    known = MODEL_MAPPING.get(config_class, ())
+    known = known if isinstance(known, tuple) else (known,)
+    return next((model_class.__name__ for model_class in known if not takes_names(model_class)), None)
+
+
+def _refuse_blocks(mask_function, batch_size, q_length, q_offset, device) -> None:
+    """Blocks whose tokens see one another both ways (images), of which only the mask function knows."""
+    batch = torch.arange(batch_size, device=device)[:, None]
+    query = q_offset + torch.arange(q_length - 1, device=device)[None]
+    sees_the_next = mask_function(batch, torch.zeros_like(batch), query, query + 1).any()
+    if torch.compiler.is_compiling():
+        torch._assert_async(~sees_the_next, _OTHER_MASK)
+    elif sees_the_next:
+        raise ValueError(_OTHER_MASK)
 
 
 def _refuse_unsupported(module, mask, dropout, softcap, s_aux, output_attentions, cache, position_ids):

@@ -21,7 +21,7 @@ from functools import cache
 
 import torch
 
-from axo_flash.attention import NAME, attention, register, weight_dtype
+from axo_flash.attention import NAME, attention, register, takes_names, weight_dtype
 from axo_flash.kernels.backends import BACKENDS, Choice, choose_backend
 from axo_flash.kernels.spec import AttentionSpec
 from axo_flash.ops import calls
@@ -164,7 +164,7 @@ def patch_model(model: torch.nn.Module, backend: str = "auto", *, dtype: torch.d
         raise ValueError(f"patch_model needs a model (a torch.nn.Module), got {type(model).__name__}")
     modules = [module for module in model.modules() if _family(module) is not None]
     if not modules:
-        raise ValueError(f"nothing to patch: {_found(model)}; supported are {_supported()}")
+        raise ValueError(f"nothing to patch: {_found(model)}; supported are {_supported()}{_by_name(model)}")
     families = {_family(module).name: _family(module) for module in modules}
     if len(families) > 1:
         raise ValueError(f"the model mixes the families {sorted(families)}: patch its parts one by one")
@@ -302,6 +302,15 @@ def _window(family: Family, config) -> int | None:
 
 def _supported() -> str:
     return ", ".join(f"{family.name} ({family.attention})" for family in FAMILIES)
+
+
+def _by_name(model: torch.nn.Module) -> str:
+    """What else to do with a model of another family, if anything."""
+    from transformers import PreTrainedModel
+
+    if not any(isinstance(m, PreTrainedModel) and takes_names(type(m)) for m in model.modules()):
+        return ""
+    return f". This model takes attention by name: import axo_flash.hf, and model.set_attn_implementation({NAME!r})"
 
 
 def _found(model: torch.nn.Module) -> str:

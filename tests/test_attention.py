@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hf_models import PAD, VOCAB, batch_of, patched_copy, tiny, with_cu_seqlens
+from hf_models import PAD, VOCAB, assert_same_step, batch_of, patched_copy, run, tiny, with_cu_seqlens
 from transformers import AutoModelForCausalLM
 
 import axo_flash.attention
@@ -282,6 +282,18 @@ def test_compiles_without_a_graph_break(how):
             expected = result
     for got, want in zip(result, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_compiles_with_dynamic_shapes_and_gradient_checkpointing():
+    torch._dynamo.reset()
+    patched, _ = patched_copy(tiny("mistral").train())
+    patched.gradient_checkpointing_enable({"use_reentrant": False})
+    compiled = torch.compile(patched, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in ([[4, 7]], [[5, 6, 2], [13]]):
+        batch = with_cu_seqlens(batch_of(rows))
+        expected, got = (run(model, batch.to_model()) for model in (patched, compiled))
+        gradients = {name.removeprefix("_orig_mod."): gradient for name, gradient in got[2].items()}
+        assert_same_step((*got[:2], gradients), expected, batch.real)
 
 
 def test_a_compiled_forward_refuses_positions_that_restart():

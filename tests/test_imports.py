@@ -16,7 +16,7 @@ FLOORS = [
     ["ops", "varlen"],
     ["layout", "peers"],
     ["attention"],
-    ["patch"],
+    ["patch", "hf"],
     ["config"],
     ["data"],
     ["bench", "demo", "sampling", "report"],
@@ -27,7 +27,7 @@ FLOORS = [
     ["cli"],
     ["__main__"],
 ]
-LIBRARY = ("kernels", "ops", "varlen", "layout", "attention", "patch")
+LIBRARY = ("kernels", "ops", "varlen", "layout", "attention", "patch", "hf")
 
 
 def modules():

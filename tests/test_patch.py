@@ -10,7 +10,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from hf_models import KINDS, assert_same_step, batch_of, patched_copy, run, tiny
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralModel
@@ -214,6 +214,13 @@ def test_another_family_is_refused():
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16))
     with pytest.raises(ValueError, match="GPT2LMHeadModel has the attention classes GPT2Attention; supported are"):
         axo_flash.patch_model(model)
+    with pytest.raises(ValueError, match=r"import axo_flash\.hf, and model\.set_attn_implementation\('axo_fa'\)$"):
+        axo_flash.patch_model(model)
+    bloom = BloomForCausalLM(BloomConfig(n_layer=1, n_head=2, hidden_size=8, vocab_size=16))  # takes no name
+    with pytest.raises(
+        ValueError, match=r"the attention classes BloomAttention; supported are .*\(MistralAttention\)$"
+    ):
+        axo_flash.patch_model(bloom)
     with pytest.raises(ValueError, match="Linear has no attention"):
         axo_flash.patch_model(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"a torch\.nn\.Module.*got str"):
