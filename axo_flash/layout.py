@@ -3,8 +3,9 @@
 A padded row, a packed row and a row that is both are the same thing to a varlen kernel: sequences laid end to end. This
 module finds them from what a model knows, a mask of real tokens (batch, seqlen_k) and position_ids (batch, seqlen_q).
 The queries are always the last columns of the mask. Everything is worked out on the device; in eager mode the host
-reads five numbers, once for all the layers of a forward. While torch.compile traces, it reads nothing: what it would
-have refused becomes an assertion in the graph.
+reads five numbers, once for all the layers of a forward. While torch.compile traces, it reads nothing: the documents are
+then found by an operator, `axo_flash::documents`, whose result has a size that only the run knows, and what would have
+been refused becomes an assertion in the graph.
 """
 
 from __future__ import annotations
@@ -76,17 +77,20 @@ def find_layout(
 _recent: deque = deque(maxlen=4)
 
 
+_PACKED_AND_CACHED = (
+    "position_ids restart among queries that also see cached keys; packed rows cannot be continued from a KV cache, as "
+    "nothing says which cached keys belong to which document: run packed rows without past_key_values, or one document "
+    "a row"
+)
+
+
 def _eager_layout(mask, position_ids, batch, seqlen_q, seqlen_k, device) -> Layout | None:
     tokens = _Tokens(mask, position_ids, batch, seqlen_q, seqlen_k, device)
     facts = [tokens.q.sum(), tokens.k.sum(), tokens.starts.sum(), tokens.restarts.any(), tokens.holes.any()]
     num_q, num_k, num_documents, packed, holes = torch.stack([fact.long() for fact in facts]).tolist()  # the one wait
     padded_q, padded_k = num_q < batch * seqlen_q, num_k < batch * seqlen_k
     if packed and seqlen_q != seqlen_k:
-        raise ValueError(
-            f"attention: position_ids restart among {seqlen_q} queries that see {seqlen_k} keys; packed rows cannot be "
-            "continued from a KV cache, as nothing says which cached keys belong to which document: run packed rows "
-            "without past_key_values, or one document a row"
-        )
+        raise ValueError(f"attention: {seqlen_q} queries see {seqlen_k} keys, and {_PACKED_AND_CACHED}")
     if not (packed or padded_q or padded_k):
         return None
     if packed:
@@ -101,18 +105,16 @@ def _eager_layout(mask, position_ids, batch, seqlen_q, seqlen_k, device) -> Layo
 
 def _traced_layout(mask, position_ids, batch, seqlen_q, seqlen_k, device) -> Layout | None:
     tokens = _Tokens(mask, position_ids, batch, seqlen_q, seqlen_k, device)
-    if position_ids is not None and seqlen_q > 1:
-        torch._assert_async(
-            ~tokens.restarts.any(),
-            "attention: position_ids restart (packed rows) in a compiled forward, which cannot read them: also pass "
-            "cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k, as the packing collator does",
-        )
-    if mask is None:
-        return None
-    cu_seqlens_q, cu_seqlens_k = (cu_seqlens_from_lengths(valid.sum(-1)) for valid in (tokens.q, tokens.k))
-    return Layout(
-        cu_seqlens_q, cu_seqlens_k, _tokens_first(tokens.q), _tokens_first(tokens.k), holes=tokens.holes.any()
-    )
+    if position_ids is not None and seqlen_q == seqlen_k > 1:
+        cu_seqlens_q = cu_seqlens_k = torch.ops.axo_flash.documents(mask, position_ids, batch, seqlen_q)
+    else:
+        if position_ids is not None and seqlen_q > 1:
+            torch._assert_async(~tokens.restarts.any(), f"attention: {_PACKED_AND_CACHED}")
+        if mask is None:
+            return None
+        cu_seqlens_q, cu_seqlens_k = (cu_seqlens_from_lengths(valid.sum(-1)) for valid in (tokens.q, tokens.k))
+    q_indices, k_indices = (None if mask is None else _tokens_first(valid) for valid in (tokens.q, tokens.k))
+    return Layout(cu_seqlens_q, cu_seqlens_k, q_indices, k_indices, holes=tokens.holes.any())
 
 
 def _tokens_first(valid: torch.Tensor) -> torch.Tensor:
@@ -163,3 +165,27 @@ def _previous(valid: torch.Tensor) -> torch.Tensor:
     """For each column the last earlier one that is True, or -1. (batch, seqlen) int64."""
     last = torch.where(valid, _columns(valid), -1).cummax(1).values
     return torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
+
+
+# --- the operator of a compiled forward -----------------------------------------------------------------------------
+
+_library = torch.library.Library("axo_flash", "FRAGMENT")
+# its host waits for the device, which no CUDA graph can record
+_library.define(
+    "documents(Tensor? mask, Tensor position_ids, SymInt batch, SymInt seqlen) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+
+
+def _documents(mask, position_ids, batch: int, seqlen: int) -> torch.Tensor:
+    """cu_seqlens of the documents in (batch, seqlen), or of one that is empty if there is none."""
+    tokens = _Tokens(mask, position_ids, batch, seqlen, seqlen, position_ids.device)
+    return cu_seqlens_from_lengths(tokens.document_lengths(max(int(tokens.starts.sum()), 1)))
+
+
+def _documents_fake(mask, position_ids, batch, seqlen):
+    return position_ids.new_empty(torch.library.get_ctx().new_dynamic_size(min=2), dtype=torch.int32)
+
+
+_library.impl("documents", _documents, "CompositeExplicitAutograd")
+torch.library.register_fake("axo_flash::documents", _documents_fake, lib=_library)

@@ -289,19 +289,42 @@ def test_compiles_with_dynamic_shapes_and_gradient_checkpointing():
     patched, _ = patched_copy(tiny("mistral").train())
     patched.gradient_checkpointing_enable({"use_reentrant": False})
     compiled = torch.compile(patched, fullgraph=True, backend="aot_eager", dynamic=True)
-    for rows in ([[4, 7]], [[5, 6, 2], [13]]):
+    for rows in ([[4, 7], [11]], [[5, 6, 2], [4, 9]]):
         batch = with_cu_seqlens(batch_of(rows))
         expected, got = (run(model, batch.to_model()) for model in (patched, compiled))
         gradients = {name.removeprefix("_orig_mod."): gradient for name, gradient in got[2].items()}
         assert_same_step((*got[:2], gradients), expected, batch.real)
 
 
-def test_a_compiled_forward_refuses_positions_that_restart():
-    """It cannot read them, and attending across documents in silence is worse than an error."""
+def test_a_compiled_forward_finds_packed_rows(monkeypatch):
+    """Once for all layers; one graph serves packed, padded and plain batches of its shape."""
+    found = []
+    original = axo_flash.layout._Tokens.document_lengths
+    spy = lambda *args: found.append(1) or original(*args)  # noqa: E731
+    monkeypatch.setattr(axo_flash.layout._Tokens, "document_lengths", spy)
     torch._dynamo.reset()
-    patched, _ = patched_copy(tiny("llama", num_hidden_layers=1))
+    torch._dynamo.utils.counters.clear()
+    patched, _ = patched_copy(tiny("mistral"))
     compiled = torch.compile(patched, fullgraph=True, backend="aot_eager")
-    packed = batch_of([[4, 7]]).inputs
-    compiled(**{**packed, "position_ids": torch.arange(11)[None]}, use_cache=False)
-    with pytest.raises(RuntimeError, match=r"position_ids restart.*pass cu_seq_lens_q"):
-        compiled(**packed, use_cache=False)
+    one_graph = [batch_of([[9, 1, 7], [4, 13]]), batch_of([[17], [17]]), batch_of([[6, 11], [8, 9]])]
+    one_graph[1].inputs["position_ids"] = torch.arange(17).repeat(2, 1)
+    for batch in (*one_graph, batch_of([[9, 1, 7], [4, 8]], [(0, 0), (5, 0)])):  # packed and padded: another graph
+        expected = run(patched, batch.to_model())
+        found.clear()
+        logits, loss, gradients = run(compiled, batch.to_model())
+        assert len(found) == 1
+        gradients = {name.removeprefix("_orig_mod."): gradient for name, gradient in gradients.items()}
+        assert_same_step((logits, loss, gradients), expected, batch.real)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_a_compiled_forward_refuses_to_go_on_from_packed_rows():
+    """Nothing says which cached keys belong to which document, and attending to all of them would leak."""
+    torch._dynamo.reset()
+    module = tiny("llama").model.layers[0].self_attn
+    step = lambda q, k, positions: attention(module, q, k, k, position_ids=positions)[0]  # noqa: E731
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    q, k = torch.randn(1, 6, 4, 8), torch.randn(1, 2, 6, 8)
+    compiled(q, k, torch.arange(2, 6)[None])
+    with pytest.raises(RuntimeError, match="position_ids restart among queries that also see cached keys"):
+        compiled(q, k, torch.tensor([[4, 5, 0, 1]]))

@@ -147,7 +147,7 @@ def test_going_on_from_packed_rows_is_refused(models):
         patched(PROMPT[:1], position_ids=positions, past_key_values=cache)
         with pytest.raises(ValueError, match="cache was filled with packed rows"):
             patched(PROMPT[:1, :1], past_key_values=cache)
-        with pytest.raises(ValueError, match="position_ids restart among 9 queries that see 11 keys"):
+        with pytest.raises(ValueError, match="9 queries see 11 keys, and position_ids restart"):
             cache = DynamicCache()
             patched(PROMPT[:1, :2], past_key_values=cache)
             patched(PROMPT[:1], position_ids=positions, past_key_values=cache)

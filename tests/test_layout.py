@@ -80,7 +80,7 @@ def test_holes_are_told():
 
 
 def test_packed_queries_over_cached_keys_are_refused():
-    with pytest.raises(ValueError, match="position_ids restart among 4 queries that see 6 keys"):
+    with pytest.raises(ValueError, match="4 queries see 6 keys, and position_ids restart"):
         layout_of([[1, 1, 1, 1, 1, 1]], [[2, 3, 0, 1]], seqlen_q=4)
 
 
