@@ -199,12 +199,21 @@ def unpatch_model(model: torch.nn.Module) -> int:
 
 @contextmanager
 def patched(model: torch.nn.Module, backend: str = "auto") -> Iterator[PatchReport]:
-    """`patch_model` for the length of a with block."""
+    """`patch_model` for the length of a with block. Then the model is again what it was before, unpatched or patched.
+
+    What the block computes it must also differentiate: gradient checkpointing computes a layer again in its backward.
+    """
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()  # what is none, patch_model refuses
+    before = {module: type(module) for module in modules if isinstance(module, FlashAttention)}
     report = patch_model(model, backend)
     try:
         yield report
     finally:
         report.undo()
+        for module, cls in before.items():
+            _set_class(module, cls)
+        for owner in _owners(model, list(before)).values():
+            owner.set_attn_implementation(NAME)
 
 
 def patch_llama(backend: str = "auto") -> None:

@@ -1,5 +1,6 @@
 """Patching keeps a model what it was, and undoing gives back the very same one."""
 
+import contextlib
 import copy
 import functools
 import pickle
@@ -101,6 +102,37 @@ def test_patched_is_undone_when_the_block_fails():
         assert report.layers == 2 and isinstance(attentions(model)[0], FlashAttention)
         raise KeyError
     assert {type(a) for a in attentions(model)} == {LlamaAttention}
+
+
+@pytest.mark.parametrize("first", ["patch_model", "patched"])
+def test_patched_leaves_a_model_patched_that_was(first):
+    """A block inside a block, or on a patched model, gives back the backend that it found; the last one unpatches."""
+    model = tiny("llama")
+    outer = axo_flash.patched(model) if first == "patched" else contextlib.nullcontext(axo_flash.patch_model(model))
+    with outer:
+        classes = [type(a) for a in attentions(model)]
+        with pytest.raises(KeyError), axo_flash.patched(model, backend="reference"):
+            assert [a.backend for a in attentions(model)] == ["reference", "reference"]
+            raise KeyError
+        assert [type(a) for a in attentions(model)] == classes and classes[0].backend == "auto"
+        assert model.config._attn_implementation == "axo_fa"
+        logits(model)
+    assert {isinstance(a, FlashAttention) for a in attentions(model)} == {first == "patch_model"}
+    assert axo_flash.unpatch_model(model) == (2 if first == "patch_model" else 0)
+    assert {type(a) for a in attentions(model)} == {LlamaAttention}
+    assert model.config._attn_implementation == "eager"
+
+
+def test_patched_trains_and_generates_a_wrapped_model():
+    model = lora(tiny("llama"))
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    expected, tokens = run(model, BATCH.to_model()), model.generate(input_ids=IDS, **options)
+    with axo_flash.patched(model) as report:
+        got = run(model, BATCH.to_model())
+        assert torch.equal(model.generate(input_ids=IDS, **options), tokens)
+    assert report.calls() == {"reference": 2 + 2 * 5}
+    assert_same_step(got, expected, BATCH.real)
+    assert torch.equal(run(model, BATCH.to_model())[0], expected[0])
 
 
 def test_undo_leaves_an_attention_that_was_chosen_since():
@@ -225,6 +257,8 @@ def test_another_family_is_refused():
         axo_flash.patch_model(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"a torch\.nn\.Module.*got str"):
         axo_flash.patch_model("HuggingFaceTB/SmolLM2-135M")
+    with pytest.raises(ValueError, match=r"a torch\.nn\.Module.*got str"), axo_flash.patched("SmolLM2-135M"):
+        pass
     with pytest.raises(ValueError, match="give the whole model, got LlamaDecoderLayer"):
         axo_flash.patch_model(tiny("llama").model.layers[0])
 

@@ -38,7 +38,7 @@ def test_a_step_in_bf16_is_as_near_to_fp32_as_eager_attentions(kind, case):
     assert all(ours < 3 * eagers for ours, eagers in zip(errors[1], errors[0], strict=True))
 
 
-@pytest.mark.parametrize("case", ["plain", "left-padded", "packed, cu_seqlens"])
+@pytest.mark.parametrize("case", BATCHES)
 def test_inductor_compiles_a_step_without_a_graph_break(case):
     torch._dynamo.reset()
     patched, _ = patched_copy(tiny("mistral", num_hidden_layers=1).cuda().bfloat16(), backend="triton")
