@@ -133,8 +133,9 @@ def attention_mask(
         attention_mask: the user's, bool (batch, positions).
 
     Returns:
-        None if all keys are tokens, else bool (batch, n): the first n keys, True = token. The queries are the last of
-        the n columns; only a single query (whose column is its last True one) may be followed by an empty tail.
+        None if all keys are tokens and no row is packed, else bool (batch, n): the first n keys, True = token. The
+        queries are the last of the n columns; only a single query (whose column is its last True one) may be followed
+        by an empty tail.
     """
     if use_vmap or "allow_is_bidirectional_skip" in kwargs:
         raise ValueError(_OTHER_MASK)
@@ -143,7 +144,7 @@ def attention_mask(
     if config is not None and (other := _own_attention(type(config))):
         raise ValueError(f"{NAME}: {other} computes attention of its own and would never call ours: use 'eager'")
     deviates = not kwargs.get("allow_is_causal_skip", True) and q_length > 1 and mask_function is not None
-    if deviates:  # from what the other arguments say: packed rows, or blocks that see both ways
+    if deviates:  # from what the other arguments say, by packed rows or by blocks that see both ways
         _refuse_blocks(mask_function, batch_size, q_length, q_offset, device)
     if isinstance(q_offset, torch.Tensor) and (q_length == 1 or torch.compiler.is_compiling()):
         return _static_cache_mask(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device)
@@ -153,7 +154,8 @@ def attention_mask(
         if existing == kv_length and not packed:
             return None
         everything = torch.ones((batch_size, existing), dtype=torch.bool, device=device)
-        everything.axo_flash_packed = packed
+        if packed:
+            everything.axo_flash_packed = True  # for `attention`, which has to be told the documents then
         return everything
     if attention_mask.shape[1] == existing:  # also what `generate` made here beforehand and hands in again
         return attention_mask
@@ -239,7 +241,7 @@ def takes_names(model_class: type) -> bool:
     return model_class._can_set_attn_implementation()
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # beside @cache, which torch.compile would trace through
 def _own_attention(config_class: type) -> str | None:
     return _own_attention_cached(config_class)
 

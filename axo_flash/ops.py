@@ -33,8 +33,8 @@ _library.define(
 )
 
 
-# dropout_p and softcap are 0, not 0.0: torch.compile(dynamic=True) takes a float default for a variable of the graph, and
-# cannot follow it into the layers of a checkpointed model
+# The defaults of dropout_p and softcap are 0, not 0.0: torch.compile(dynamic=True) takes a float default for a variable
+# of the graph, and cannot follow it into the layers of a checkpointed model.
 def flash_attn_func(
     q: torch.Tensor,
     k: torch.Tensor,

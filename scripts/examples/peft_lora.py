@@ -45,7 +45,7 @@ for step, batch in enumerate(islice(cycle(batches), args.steps), start=1):
     print(f"step {step}: loss {loss.item():.4f}")
 
 model.save_pretrained(args.output)
-prompt = tokenizer(texts[0][:40], return_tensors="pt").to(device)
+prompt = tokenizer(" ".join(texts[0].split()[:3]), return_tensors="pt").to(device)
 tokens = model.eval().generate(input_ids=prompt.input_ids, attention_mask=prompt.attention_mask, max_new_tokens=20)
 print(tokenizer.decode(tokens[0]))
 print(f"attention calls by backend: {dict(axo_flash.hf.calls)}")

@@ -4,8 +4,8 @@
     python scripts/examples/trl_sft.py --data texts.jsonl    # a line: {"text": "..."}, or {"messages": [...]}
 
 TRL hands packed rows over as position_ids that restart, without a mask, and ours keeps the documents apart by them. TRL
-before 1.16 warns that it does not know our attention for one that does; no document sees another all the same. Leave
-packing_strategy at "bfd": "wrapped" forgets where documents begin, whatever computes the attention.
+1.9 warns that it does not know our attention for one that does (1.16 no longer); no document sees another all the same.
+Leave packing_strategy at "bfd": "wrapped" forgets where documents begin, whatever computes the attention.
 """
 
 import argparse
