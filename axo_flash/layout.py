@@ -3,9 +3,9 @@
 A padded row, a packed row and a row that is both are the same thing to a varlen kernel: sequences laid end to end. This
 module finds them from what a model knows, a mask of real tokens (batch, seqlen_k) and position_ids (batch, seqlen_q).
 The queries are always the last columns of the mask. Everything is worked out on the device; in eager mode the host
-reads five numbers, once for all the layers of a forward. While torch.compile traces, it reads nothing: the documents are
-then found by an operator, `axo_flash::documents`, whose result has a size that only the run knows, and what would have
-been refused becomes an assertion in the graph.
+reads five numbers, once for all the layers of a forward. While torch.compile traces, it reads nothing: with fullgraph=True
+the documents are found by an operator, `axo_flash::documents`, whose result has a size that only the run knows; what would
+have been refused, and packed rows where such an operator would break the graph, become an assertion in the graph.
 """
 
 from __future__ import annotations
@@ -82,6 +82,10 @@ _PACKED_AND_CACHED = (
     "nothing says which cached keys belong to which document: run packed rows without past_key_values, or one document "
     "a row"
 )
+_PACKED_AND_COMPILED = (
+    "position_ids restart (packed rows) in a compiled forward, which cannot read them: compile with fullgraph=True, or "
+    "also pass cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k, as packing collators do"
+)
 
 
 def _eager_layout(mask, position_ids, batch, seqlen_q, seqlen_k, device) -> Layout | None:
@@ -105,11 +109,12 @@ def _eager_layout(mask, position_ids, batch, seqlen_q, seqlen_k, device) -> Layo
 
 def _traced_layout(mask, position_ids, batch, seqlen_q, seqlen_k, device) -> Layout | None:
     tokens = _Tokens(mask, position_ids, batch, seqlen_q, seqlen_k, device)
-    if position_ids is not None and seqlen_q == seqlen_k > 1:
+    if position_ids is not None and seqlen_q == seqlen_k > 1 and _sizes_may_depend_on_values():
         cu_seqlens_q = cu_seqlens_k = torch.ops.axo_flash.documents(mask, position_ids, batch, seqlen_q)
     else:
         if position_ids is not None and seqlen_q > 1:
-            torch._assert_async(~tokens.restarts.any(), f"attention: {_PACKED_AND_CACHED}")
+            reason = _PACKED_AND_COMPILED if seqlen_q == seqlen_k else _PACKED_AND_CACHED
+            torch._assert_async(~tokens.restarts.any(), f"attention: {reason}")
         if mask is None:
             return None
         cu_seqlens_q, cu_seqlens_k = (cu_seqlens_from_lengths(valid.sum(-1)) for valid in (tokens.q, tokens.k))
@@ -175,6 +180,15 @@ _library.define(
     "documents(Tensor? mask, Tensor position_ids, SymInt batch, SymInt seqlen) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
+
+
+@torch.compiler.assume_constant_result
+def _sizes_may_depend_on_values() -> bool:
+    """Whether an operator with such a result can stand in the graph that is traced, and would not break it: with
+    fullgraph=True, or by torch._dynamo.config.capture_dynamic_output_shape_ops."""
+    context = torch._guards.TracingContext.try_get()
+    fake_mode = context.fake_mode if context is not None else None
+    return bool(fake_mode and fake_mode.shape_env and fake_mode.shape_env.allow_dynamic_output_shape_ops)
 
 
 def _documents(mask, position_ids, batch: int, seqlen: int) -> torch.Tensor:

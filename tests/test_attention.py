@@ -318,6 +318,22 @@ def test_a_compiled_forward_finds_packed_rows(monkeypatch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
+def test_without_fullgraph_too_the_graph_does_not_break_and_packed_rows_need_cu_seqlens():
+    """The operator would break it there, and attending across documents in silence is worse than an error."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    patched, _ = patched_copy(tiny("llama", num_hidden_layers=1))
+    compiled = torch.compile(patched, backend="aot_eager")
+    packed = batch_of([[4, 7]])
+    plain = {**packed.inputs, "position_ids": torch.arange(11)[None]}
+    for inputs in (plain, with_cu_seqlens(packed).inputs):
+        got, expected = (model(**inputs, use_cache=False).logits for model in (compiled, patched))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match=r"position_ids restart.*fullgraph=True, or also pass cu_seq_lens_q"):
+        compiled(**packed.inputs, use_cache=False)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 def test_a_compiled_forward_refuses_to_go_on_from_packed_rows():
     """Nothing says which cached keys belong to which document, and attending to all of them would leak."""
     torch._dynamo.reset()
