@@ -91,14 +91,12 @@ class FlashAttention:
         """The forward of the class it replaces: (batch, seqlen, hidden) to the same, and None for the weights.
 
         The projections are called as modules, so LoRA and quantized layers act; the rotary embedding is looked up in
-        transformers' module at each call, so that whoever replaces it there (Liger) is heard. Our function is called
-        directly, so the backend of this model holds whatever others register.
+        transformers' module at each call, so that whoever replaces it there (Liger) is heard; so are Axolotl's fused
+        LoRA projections, which it leaves on the module as apply_qkv and apply_o. Our function is called directly, so
+        the backend of this model holds whatever others register.
         """
-        shape = hidden_states.shape[:-1]
-        heads = (*shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (x.view(heads).transpose(1, 2) for x in _project(self, hidden_states))
         cos, sin = position_embeddings
         query, key = sys.modules[self.family.module].apply_rotary_pos_emb(query, key, cos, sin)
         if past_key_values is not None:
@@ -116,7 +114,7 @@ class FlashAttention:
             backend=self.backend,
             **kwargs,
         )
-        return self.o_proj(out.flatten(-2)), None
+        return vars(self).get("apply_o", self.o_proj)(out.flatten(-2)), None
 
     def __reduce__(self):  # the class is made at run time, so a pickle names what it is made from
         return _unpickle, (self.family, self.original, self.backend, self.previous), self.__dict__
@@ -197,6 +195,16 @@ def unpatch_model(model: torch.nn.Module) -> int:
     return len(modules)
 
 
+def patched_layers(model: torch.nn.Module) -> int:
+    """How many attention modules of `model` compute by ours: patched, and no other tool's forward put over it."""
+    return sum(
+        isinstance(module, FlashAttention)
+        and type(module).forward is FlashAttention.forward
+        and ("forward" not in vars(module) or "_old_forward" in vars(module))
+        for module in model.modules()
+    )
+
+
 @contextmanager
 def patched(model: torch.nn.Module, backend: str = "auto") -> Iterator[PatchReport]:
     """`patch_model` for the length of a with block. Then the model is again what it was before, unpatched or patched.
@@ -249,6 +257,13 @@ def _unpickle(family: Family, original: type, backend: str, previous: str) -> to
     register()
     cls = _flash_class(family, original, backend, previous)
     return cls.__new__(cls)
+
+
+def _project(module: torch.nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values (batch, seqlen, heads * head_dim)."""
+    if "apply_qkv" in vars(module):
+        return module.apply_qkv(hidden_states)
+    return module.q_proj(hidden_states), module.k_proj(hidden_states), module.v_proj(hidden_states)
 
 
 def _set_class(module: torch.nn.Module, cls: type) -> None:

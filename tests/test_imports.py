@@ -25,7 +25,7 @@ FLOORS = [
     ["trainer"],
     ["train", "check", "doctor"],
     ["cli"],
-    ["__main__"],
+    ["__main__", "integrations"],
 ]
 LIBRARY = ("kernels", "ops", "varlen", "layout", "attention", "patch", "hf")
 
@@ -79,6 +79,13 @@ def test_the_library_never_sees_the_trainer():
         if name.split(".")[0] in LIBRARY:
             above = {other for other in imports(path) if other.split(".")[0] not in (*LIBRARY, "__version__")}
             assert not above, f"{name} imports {above}"
+
+
+def test_a_plugin_needs_the_library_alone():
+    """Not the trainer's own dependencies (tenacity, pyyaml): the program that it plugs into has others."""
+    for name, path in MODULES.items():
+        if name.startswith("integrations"):
+            assert {other.split(".")[0] for other in imports(path)} <= {*LIBRARY, "errors"}
 
 
 def test_backends_do_not_import_one_another():

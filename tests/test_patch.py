@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralModel
 
 import axo_flash
-from axo_flash.patch import FAMILIES, FlashAttention, unpatch_llama, unpatch_mistral
+from axo_flash.patch import FAMILIES, FlashAttention, patched_layers, unpatch_llama, unpatch_mistral
 
 BATCH = batch_of([[4, 7], [11]])
 IDS = BATCH.inputs["input_ids"]
@@ -65,6 +65,40 @@ def test_undo_gives_back_the_same_classes_and_bits(kind, implementation):
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
     assert all(torch.equal(before[2][name], after[2][name]) for name in before[2])
     assert axo_flash.unpatch_model(model) == 0
+
+
+def test_patched_layers_are_those_that_compute_by_ours():
+    model = tiny("llama")
+    assert patched_layers(model) == 0
+    axo_flash.patch_model(model)
+    assert patched_layers(model) == 2
+    first = attentions(model)[0]
+    first.forward = functools.partial(type(first).forward, first)  # as other tools replace it
+    assert patched_layers(model) == 1
+    del first.forward
+    add_hook_to_module(first, ModelHook())  # as device_map does: the hook calls ours
+    assert patched_layers(model) == 2
+    axo_flash.unpatch_model(model)
+    assert patched_layers(model) == 0
+
+
+def test_projections_that_axolotl_fused_are_used():
+    """Its LoRA kernels replace the projections of an attention module by methods on it."""
+    model, _ = patched_copy(tiny("llama"))
+    expected, used = logits(model), []
+    for module in attentions(model):
+
+        def apply_qkv(x, module=module):
+            used.append("qkv")
+            return module.q_proj(x), module.k_proj(x), module.v_proj(x)
+
+        def apply_o(x, module=module):
+            used.append("o")
+            return module.o_proj(x)
+
+        module.apply_qkv, module.apply_o = apply_qkv, apply_o
+    assert torch.equal(logits(model), expected)
+    assert used == ["qkv", "o"] * 2
 
 
 def test_patching_twice_changes_nothing():
