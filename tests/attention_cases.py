@@ -31,6 +31,10 @@ class Case:
     lengths: tuple[tuple[int, int], ...] = ()
     tail: tuple[int, int] = (0, 0)
     scale: float | None = None
+    softcap: float = 0.0
+    dropout: float = 0.0
+    alibi: str = ""  # "heads" or "batch": slopes (heads,) or (batch, heads)
+    sinks: bool = False
 
     def __str__(self):
         kind = f"B{self.batch}-{self.seqlen[0]}x{self.seqlen[1]}"
@@ -41,12 +45,18 @@ class Case:
                 + f"-n{len(self.lengths)}-tail{self.tail[0]}"
             )
         mask = ("causal" if self.causal else "full") + (f"-window{self.window}" if self.window != (-1, -1) else "")
+        extras = (f"cap{self.softcap}", self.softcap), (f"drop{self.dropout}", self.dropout)
+        extras += (f"alibi_{self.alibi}", self.alibi), ("sinks", self.sinks)
+        mask = "-".join([mask, *(name for name, on in extras if on)])
         return f"D{self.head_dim}-{str(self.dtype)[6:]}-H{self.heads[0]}_{self.heads[1]}-{kind}-{mask}".replace(" ", "")
 
     def spec(self) -> AttentionSpec:
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
         dtype = str(self.dtype).removeprefix("torch.")
-        return AttentionSpec(*self.heads, self.head_dim, dtype, scale, self.causal, self.window, bool(self.lengths))
+        extras = dict(softcap=self.softcap, dropout_p=self.dropout, alibi=bool(self.alibi), sinks=self.sinks)
+        return AttentionSpec(
+            *self.heads, self.head_dim, dtype, scale, self.causal, self.window, bool(self.lengths), **extras
+        )
 
 
 def strided(shape, dtype, device, generator):
@@ -73,7 +83,8 @@ def poisoned():
 
 
 class Inputs:
-    """q, k, v, dout of a case; rows past the last sequence of a varlen case are NaN."""
+    """q, k, v, dout, and slopes (batch, heads) and sinks, or None, of a case; rows past the last sequence of a varlen case
+    are NaN."""
 
     def __init__(self, case: Case, device, seed=0):
         generator = torch.Generator(device).manual_seed(seed)
@@ -91,47 +102,86 @@ class Inputs:
             for x, cu in ((self.q, self.cu[0]), (self.dout, self.cu[0]), (self.k, self.cu[1]), (self.v, self.cu[1])):
                 x[int(cu[-1]) :] = torch.nan
 
+        batch = len(case.lengths) or case.batch
+        self.slopes = torch.rand(batch, heads, generator=generator, device=device) * 0.3 if case.alibi else None
+        if case.alibi == "heads":
+            self.slopes = self.slopes[:1].expand(batch, heads)
+        self.sinks = torch.randn(heads, generator=generator, device=device) if case.sinks else None
+
     def leaves(self):
-        return [x.detach().requires_grad_() for x in (self.q, self.k, self.v)]
+        return [x.detach().requires_grad_() for x in (self.q, self.k, self.v, self.sinks) if x is not None]
 
 
 def run_backend(case: Case, inputs: Inputs, backend: str, deterministic: bool = False):
-    """out, lse, dq, dk, dv."""
-    q, k, v = inputs.leaves()
+    """out, lse, dq, dk, dv and, where there are sinks, dsinks. With dropout the seed is always the same."""
+    return _run(case, inputs, backend, deterministic)[0]
+
+
+def dropped(case: Case, inputs: Inputs):
+    """What `run_backend` keeps: bool (batch, heads, longest seqlen_q, longest seqlen_k), or None without dropout."""
+    signed = _run(case, inputs, "reference")[1]
+    return None if signed is None else ~signed.signbit()
+
+
+def _run(case, inputs, backend, deterministic=False):
+    q, k, v, *sinks = leaves = inputs.leaves()
     options = dict(
+        dropout_p=case.dropout,
         softmax_scale=case.scale,
         causal=case.causal,
         window_size=case.window,
+        softcap=case.softcap,
+        alibi_slopes=inputs.slopes[0] if case.alibi == "heads" else inputs.slopes,
         deterministic=deterministic,
         return_attn_probs=True,
+        sinks=sinks[0] if sinks else None,
         backend=backend,
     )
+    torch.manual_seed(1)
     if case.lengths:
-        out, lse, _ = flash_attn_varlen_func(q, k, v, *inputs.cu, **options)
+        longest = (max(pair[i] for pair in case.lengths) for i in (0, 1))
+        out, lse, signed = flash_attn_varlen_func(q, k, v, *inputs.cu, *longest, **options)
     else:
-        out, lse, _ = flash_attn_func(q, k, v, **options)
-    return out.detach(), lse.detach(), *torch.autograd.grad(out, (q, k, v), inputs.dout)
+        out, lse, signed = flash_attn_func(q, k, v, **options)
+    return (out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, inputs.dout)), signed
 
 
-def plain_attention(q, k, v, spec: AttentionSpec):
+def plain_attention(q, k, v, spec: AttentionSpec, sinks=None, slopes=None, keep=None):
     """(batch, seqlen, heads, head_dim): the formula in the inputs' own precision, by PyTorch's own operators."""
     k, v = (x.repeat_interleave(spec.group_size, 2) for x in (k, v))
     s = torch.einsum("bqhd,bkhd->bhqk", q, k) * spec.softmax_scale
     rows, cols = (torch.arange(x.shape[1], device=q.device) for x in (q, k))
+    if spec.softcap:
+        s = (s / spec.softcap).tanh() * spec.softcap
+    if slopes is not None:
+        distance = (rows[:, None] + k.shape[1] - q.shape[1] - cols[None, :]).abs()
+        s = s - (slopes[:, :, None, None] * distance).to(s.dtype)
     seen = spec.visible(rows[:, None], cols[None, :], q.shape[1], k.shape[1])
-    p = s.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen.any(-1, keepdim=True), 0)
+    s = s.masked_fill(~seen, -torch.inf)
+    if sinks is None:
+        p = s.softmax(-1).masked_fill(~seen.any(-1, keepdim=True), 0)
+    else:
+        column = sinks.to(s.dtype)[:, None, None].expand(s.shape[0], -1, s.shape[2], 1)
+        p = torch.cat([s, column], -1).softmax(-1)[..., :-1]
+    if keep is not None:
+        p = p.masked_fill(~keep[..., : p.shape[-2], : p.shape[-1]], 0) / (1 - spec.dropout_p)
     return torch.einsum("bhqk,bkhd->bqhd", p, v)
 
 
-def run_plain(case: Case, inputs: Inputs, dtype: torch.dtype):
-    """out, dq, dk, dv of plain_attention in `dtype`; zeros for the rows past the last sequence."""
+def run_plain(case: Case, inputs: Inputs, dtype: torch.dtype, keep=None):
+    """out, dq, dk, dv, and dsinks if there are sinks, of plain_attention in `dtype`; zeros for the rows past the last
+    sequence."""
     spec = case.spec()
-    parts = [(slice(None),) * 2]
+    parts = [(slice(None),) * 3]
     if case.lengths:
         cu_q, cu_k = (c.tolist() for c in inputs.cu)
-        parts = [(slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])) for i in range(len(case.lengths))]
+        parts = [
+            (slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1]), slice(i, i + 1))
+            for i in range(len(case.lengths))
+        ]
     results = [torch.zeros_like(x, dtype=dtype) for x in (inputs.q, inputs.q, inputs.k, inputs.v)]
-    for rows, cols in parts:
+    dsinks = [] if inputs.sinks is None else [torch.zeros_like(inputs.sinks, dtype=dtype)]
+    for rows, cols, sequence in parts:
         leaves = [
             x[part].to(dtype).detach()
             for x, part in zip((inputs.q, inputs.k, inputs.v), (rows, cols, cols), strict=True)
@@ -142,12 +192,23 @@ def run_plain(case: Case, inputs: Inputs, dtype: torch.dtype):
         if case.lengths:
             leaves, dout = [x[None] for x in leaves], dout[None]
         leaves = [x.requires_grad_() for x in leaves]
-        out = plain_attention(*leaves, spec)
-        for result, part, value in zip(
-            results, (rows, rows, cols, cols), (out, *torch.autograd.grad(out, leaves, dout)), strict=True
-        ):
+        sinks = [x.to(dtype).detach().requires_grad_() for x in (inputs.sinks,) if x is not None]
+        slopes, kept = (None if x is None else x[sequence] for x in (inputs.slopes, keep))
+        out = plain_attention(*leaves, spec, *(sinks or [None]), slopes, kept)
+        grads = torch.autograd.grad(out, leaves + sinks, dout)
+        for result, part, value in zip(results, (rows, rows, cols, cols), (out, *grads[:3]), strict=True):
             result[part] = value.detach()[0] if case.lengths else value.detach()
-    return results
+        for total, new in zip(dsinks, grads[3:], strict=True):
+            total += new
+    return results + dsinks
+
+
+def _rounding_of_dsinks(inputs: Inputs, out, lse) -> float:
+    """What the rounding of out to its precision makes of a sink's gradient, the sum of exp(sink - lse) dout . out over all
+    rows, if the errors are independent: plain PyTorch, whose error in so few numbers may be none, does not go by out."""
+    p_sink = (inputs.sinks[:, None] - lse).exp().masked_fill(lse == -torch.inf, 0)
+    rounded = torch.finfo(out.dtype).eps / 2 * (inputs.dout.nan_to_num() * out).float() * p_sink.mT[..., None]
+    return rounded.square().flatten(0, -3).sum((0, 2)).sqrt().max().item()
 
 
 def check(case: Case, backend: str, device, seed=0):
@@ -155,16 +216,21 @@ def check(case: Case, backend: str, device, seed=0):
     inputs = Inputs(case, device, seed)
     with poisoned():
         out, lse, *grads = run_backend(case, inputs, backend)
-    exact = run_plain(case, inputs, torch.float64)
-    low = run_plain(case, inputs, case.dtype)
-    rows, cols = inputs.q.shape[-3] * case.heads[0] // case.heads[1], inputs.k.shape[-3]
+    keep = dropped(case, inputs)
+    exact = run_plain(case, inputs, torch.float64, keep)
+    low = run_plain(case, inputs, case.dtype, keep)
+    queries = inputs.q.shape[-3]
+    rows, cols = queries * case.heads[0] // case.heads[1], inputs.k.shape[-3]
+    names, summed_over = ("out", "dq", "dk", "dv", "dsinks"), (cols, cols, rows, rows, queries * case.batch)
     for name, got, want, plain, factor, summed in zip(
-        ("out", "dq", "dk", "dv"), (out, *grads), exact, low, (2, 3, 3, 3), (cols, cols, rows, rows), strict=True
+        names, (out, *grads), exact, low, (2, 3, 3, 3, 3), summed_over, strict=False
     ):
-        assert got.dtype == case.dtype and got.shape == want.shape
+        assert got.dtype == (torch.float32 if name == "dsinks" else case.dtype) and got.shape == want.shape
         if not want.numel():
             continue
         error, allowed = (got - want).abs().max().item(), (plain - want).abs().max().item()
+        if name == "dsinks":
+            allowed = max(allowed, _rounding_of_dsinks(inputs, out, lse))
         # fp32 rounding, where low precision happens to be exact; it grows with the root of the number of terms
         floor = 1e-5 * max(1.0, want.abs().max().item()) * max(1.0, math.sqrt(summed / 256))
         assert error <= factor * allowed + floor, f"{name}: error {error:.2e}, plain low precision {allowed:.2e}"

@@ -32,7 +32,15 @@ MASKS = (
 )
 
 
-def compile_kernel(name, config, head_dim, target, dtype, *, group, causal, window, varlen):
+FEATURES = {  # the arguments that each comes with, and their types; launch.py passes None where it is off
+    "softcap": {"cap_scale": "fp32", "cap_log2": "fp32"},
+    "alibi": {"alibi_slopes": "*fp32", "stride_slopes": "i32"},
+    "sinks": {"sinks": "*fp32"},
+    "dropout": {"dropout_seed": "*i64", "dropped_below": "i32", "keep_scale": "fp32"},
+}
+
+
+def compile_kernel(name, config, head_dim, target, dtype, *, group, causal, window, varlen, features=()):
     """The compiled kernel, for arguments as launch.py passes them: aligned tensors, strides of 16 bytes."""
     kernel = KERNELS[name]
     constants = dict(
@@ -49,6 +57,9 @@ def compile_kernel(name, config, head_dim, target, dtype, *, group, causal, wind
     )
     if not varlen:
         constants |= {"cu_seqlens_q": None, "cu_seqlens_k": None}
+    types = {arg: t for feature in FEATURES.values() for arg, t in feature.items()}
+    on = {arg for feature in features for arg in FEATURES[feature]}
+    constants |= {arg: None for arg in types if arg in kernel.arg_names and arg not in on}
     signature, attributes = {}, {}
     for i, arg in enumerate(kernel.arg_names):
         if arg.endswith("_desc"):
@@ -60,6 +71,8 @@ def compile_kernel(name, config, head_dim, target, dtype, *, group, causal, wind
             signature[arg] = "*fp32" if arg in ("lse", "delta") else "*i32"
         elif arg in ("q", "k", "v", "out", "dout", "dq", "dk", "dv"):
             signature[arg] = f"*{dtype}"
+        elif arg in types:
+            signature[arg] = types[arg]
         else:
             signature[arg] = "fp32" if arg.startswith("scale") else "i32"
         if arg in constants:

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "axo_flash"
 # from the ground up; a module may import what stands on a lower floor, or beside it in its own package
 FLOORS = [
-    ["errors", "metrics", "kernels.spec", "mounts", "mount_worker"],
+    ["errors", "metrics", "kernels.spec", "kernels.dropout", "mounts", "mount_worker"],
     ["kernels.reference", "kernels.triton", "kernels.hopper", "mount_helper"],
     ["kernels.backends", "mount_io"],
     ["ops", "varlen"],

@@ -15,28 +15,35 @@ from axo_flash.kernels.spec import AttentionSpec
 @dataclass(frozen=True)
 class Backend:
     """One row: `module` has supports(spec, device) -> None | reason, forward(...) -> (out, lse) and
-    backward(...) -> (dq, dk, dv), and is imported at first use (`requires` is what that import needs)."""
+    backward(...) -> (dq, dk, dv), with dsinks behind them if the spec has sinks. It is imported at first use (`requires`
+    is what that import needs). It is called with head_dim rounded up to a multiple of `align`, zeros in the columns added.
+    """
 
     name: str
     module: str
     requires: str = "torch"
     install: str = ""
+    align: int = 1
 
 
 BACKENDS = (
-    Backend("hopper", "axo_flash.kernels.hopper"),
-    Backend("triton", "axo_flash.kernels.triton", requires="triton", install='pip install "axo-flash[flash-attn]"'),
+    Backend("hopper", "axo_flash.kernels.hopper", align=8),
+    Backend(
+        "triton", "axo_flash.kernels.triton", requires="triton", install='pip install "axo-flash[flash-attn]"', align=8
+    ),
     Backend("reference", "axo_flash.kernels.reference"),
 )
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that serves a spec, and why (for `auto`: what is wrong with each better one)."""
+    """The backend that serves a spec, and why (for `auto`: what is wrong with each better one); `spec` is what it is to be
+    called with: head_dim as the backend wants it."""
 
     name: str
-    module: ModuleType
+    module: ModuleType | None
     reason: str
+    spec: AttentionSpec | None = None
 
 
 @lru_cache(maxsize=1024)
@@ -57,10 +64,11 @@ def choose_backend(spec: AttentionSpec, device: torch.device, name: str = "auto"
     refused = []
     for row in rows:
         module, reason = _load(row)
-        reason = reason or module.supports(spec, device)
+        aligned = spec.aligned(row.align)
+        reason = reason or module.supports(aligned, device)
         if reason is None:
             why = "; ".join(refused) or ("asked for by name" if name != "auto" else "the best there is")
-            return Choice(row.name, module, why)
+            return Choice(row.name, module, why, aligned)
         refused.append(f"not {row.name}: {reason}")
     raise ValueError(f"no attention backend can serve this call ({'; '.join(refused)}) for {spec} on {device}")
 

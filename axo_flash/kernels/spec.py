@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MAX_HEAD_DIM = 256
 
@@ -21,6 +21,10 @@ class AttentionSpec:
         window_size: (left, right), inclusive: a query at position p sees keys p - left ... p + right; -1 = unlimited.
         varlen: q, k, v are (total, heads, head_dim) with cu_seqlens rather than (batch, seqlen, heads, head_dim).
         deterministic: dq must be bit-equal from run to run, as out, lse, dk and dv always are.
+        softcap: scores become softcap * tanh(scores / softcap), before bias and mask; 0 = off.
+        dropout_p: probability with which each entry of the softmax is dropped (`dropout.kept` says which); 0 = off.
+        alibi: `alibi_bias` is added to the scores; the slopes come with the call.
+        sinks: a logit a head, which comes with the call, joins the softmax's denominator, and so lse.
 
     Raises:
         ValueError: values that no attention can have, all of them together.
@@ -35,6 +39,10 @@ class AttentionSpec:
     window_size: tuple[int, int] = (-1, -1)
     varlen: bool = False
     deterministic: bool = False
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    alibi: bool = False
+    sinks: bool = False
 
     def __post_init__(self):
         errors = []
@@ -51,6 +59,10 @@ class AttentionSpec:
                 f"window_size must be (left, right), each -1 (unlimited) or the number of keys visible on that side, "
                 f"got {self.window_size}"
             )
+        if not (self.softcap >= 0 and math.isfinite(self.softcap)):
+            errors.append(f"softcap must be 0 (off) or positive and finite, got {self.softcap}")
+        if not 0 <= self.dropout_p < 1:
+            errors.append(f"dropout_p must be at least 0 and below 1, got {self.dropout_p}")
         if errors:
             raise ValueError("attention: " + "; ".join(errors))
 
@@ -79,3 +91,17 @@ class AttentionSpec:
         if right >= 0:
             seen = seen & (distance <= right)
         return seen
+
+    def alibi_bias(self, q_index, k_index, seqlen_q: int, seqlen_k: int):
+        """What ALiBi (Press et al. 2022) adds to a score, for a slope of 1: minus the distance of query and key."""
+        return -abs(q_index + seqlen_k - seqlen_q - k_index)
+
+    @property
+    def extras(self) -> list[str]:
+        """What is asked for beyond scale, mask and grouped heads, in flash-attn's words."""
+        options = {"softcap": self.softcap, "dropout": self.dropout_p, "ALiBi": self.alibi, "sinks": self.sinks}
+        return [name for name, on in options.items() if on]
+
+    def aligned(self, multiple: int) -> AttentionSpec:
+        """The same with head_dim rounded up, as columns of zeros change nothing."""
+        return replace(self, head_dim=-(-self.head_dim // multiple) * multiple)

@@ -46,11 +46,32 @@ CASES = [
         lengths=((3, 3),) * 140, causal=True, head_dim=16, heads=(1, 1)
     ),  # more sequences than one chunk of the search
     Case(lengths=((0, 0), (0, 0)), tail=(4, 4), head_dim=16),
+    # columns of zeros behind a head_dim that no kernel loads
+    *(Case(head_dim=d, seqlen=(33, 40), causal=True) for d in (59, 111)),
+]
+DOCUMENTS = ((0, 0), (33, 20), (1, 1), (0, 9), (12, 0), (20, 40))
+EXTRAS = [
+    *(
+        Case(head_dim=16, batch=2, seqlen=s, causal=c, window=w, **extra)
+        for extra, s, c, w in (
+            ({"softcap": 2.0}, (40, 33), True, (9, -1)),
+            ({"alibi": "heads"}, (33, 40), False, (-1, -1)),
+            ({"alibi": "batch"}, (40, 33), True, (-1, -1)),
+            ({"sinks": True}, (40, 33), True, (9, -1)),
+            ({"dropout": 0.17}, (33, 40), False, (-1, -1)),
+        )
+    ),
+    *(
+        Case(head_dim=16, lengths=DOCUMENTS, tail=(5, 3), causal=True, **extra)
+        for extra in ({"softcap": 2.0}, {"alibi": "batch"}, {"sinks": True}, {"dropout": 0.17})
+    ),
+    Case(head_dim=59, softcap=3.0, alibi="batch", sinks=True, dropout=0.4, lengths=DOCUMENTS, tail=(2, 7)),
+    Case(heads=(2, 2), seqlen=(50, 70), softcap=3.0, alibi="heads", sinks=True, dropout=0.1, causal=True),
 ]
 
 
 @pytest.mark.parametrize("backend", TABLE)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + EXTRAS, ids=str)
 def test_against_definition(case, backend):
     check(case, serves(backend, case), DEVICE)
 
@@ -81,6 +102,22 @@ def test_lse_gradient(backend):
     want = torch.autograd.grad((out64 * dout.half()).sum() + (s.logsumexp(-1) * dlse).sum(), (q64, k64, v64))
     for a, b in zip(got, want, strict=True):
         assert (a - b).abs().max() < 2e-3 * b.abs().max()
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_lse_has_the_sinks_and_they_its_gradient(backend):
+    from axo_flash import flash_attn_func
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 20, 2, 16, device=DEVICE, dtype=F16) for _ in range(3))
+    sinks = torch.tensor([0.5, -1.0], device=DEVICE, requires_grad=True)
+    _, lse, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True, sinks=sinks, backend=backend)
+    _, without, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True, backend=backend)
+    want = torch.logaddexp(without, sinks[:, None])
+    torch.testing.assert_close(lse, want, atol=1e-5, rtol=1e-5)
+    weights = torch.randn_like(lse)
+    got, want = (torch.autograd.grad((x * weights).sum(), sinks)[0] for x in (lse, want))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
 def test_bfloat16():

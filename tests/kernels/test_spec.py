@@ -43,6 +43,8 @@ def test_specs_are_keys():
         ({"softmax_scale": float("nan")}, "softmax_scale must be positive"),
         ({"window_size": (-2, 0)}, "window_size must be"),
         ({"head_dim": 0}, "head_dim must be positive"),
+        ({"softcap": float("inf")}, "softcap must be 0 .off. or positive and finite, got inf"),
+        ({"dropout_p": 1.0}, "dropout_p must be at least 0 and below 1, got 1.0"),
     ],
 )
 def test_refuses_what_cannot_be(changes, words):
@@ -53,3 +55,17 @@ def test_refuses_what_cannot_be(changes, words):
 def test_names_all_errors_at_once():
     with pytest.raises(ValueError, match=r"num_heads.*head_dim.*softmax_scale"):
         spec(num_heads=5, head_dim=-1, softmax_scale=-1.0)
+
+
+def test_alibi_is_minus_the_distance_from_the_querys_place():
+    assert [[spec().alibi_bias(i, j, 2, 4) for j in range(4)] for i in range(2)] == [[-2, -1, 0, -1], [-3, -2, -1, 0]]
+
+
+def test_head_dim_is_rounded_up():
+    assert [spec(head_dim=d).aligned(8).head_dim for d in (1, 59, 64, 111)] == [8, 64, 64, 112]
+    assert spec().aligned(8) == spec()
+
+
+def test_extras_are_named():
+    assert spec(softcap=1.0, dropout_p=0.1, alibi=True, sinks=True).extras == ["softcap", "dropout", "ALiBi", "sinks"]
+    assert spec(causal=True, window_size=(1, 0)).extras == []

@@ -25,6 +25,8 @@ def supports(spec: AttentionSpec, device: torch.device) -> str | None:
         reasons.append(f"dtype {spec.dtype}: it computes in float16 or bfloat16")
     if spec.head_dim not in HEAD_DIMS:
         reasons.append(f"head_dim {spec.head_dim} is none of {HEAD_DIMS}")
+    if spec.extras:
+        reasons.append(f"{', '.join(spec.extras)}: only the other backends have that")
     return "; ".join(filter(None, [*reasons, _triton_lacks()])) or None
 
 

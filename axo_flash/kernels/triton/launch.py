@@ -9,8 +9,9 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from axo_flash.kernels.dropout import threshold
 from axo_flash.kernels.spec import AttentionSpec
-from axo_flash.kernels.triton.tiles import INTERPRETED
+from axo_flash.kernels.triton.tiles import INTERPRETED, LOG2E
 from axo_flash.kernels.triton.tuning import INTERPRETER, Config, architecture, candidates, default
 
 
@@ -20,6 +21,7 @@ class Call:
     Attributes:
         batch, seqlen_q, seqlen_k: of a dense call; batch and the totals of a varlen one.
         left, right: the band; constants["HAS_LEFT"], ["HAS_RIGHT"] say whether it hides anything at these lengths.
+        cap: softmax_scale / softcap, and softcap for scores in base 2; None without it.
         strides: (batch, row, head) of each tensor in turn, divided by constants["UNIT"].
     """
 
@@ -29,6 +31,8 @@ class Call:
         self.seqlen_q, self.seqlen_k = (q.shape[0], k.shape[0]) if spec.varlen else (q.shape[1], k.shape[1])
         self.lse_shape = (spec.num_heads, q.shape[0]) if spec.varlen else (q.shape[0], spec.num_heads, q.shape[1])
         self.left, self.right = spec.band
+        self.cap = (spec.softmax_scale / spec.softcap, spec.softcap * LOG2E.value) if spec.softcap else (None, None)
+        self.dropout_p = spec.dropout_p
         strides = [s for x in (q, k, *others) for s in ((0, *x.stride()[:2]) if spec.varlen else x.stride()[:3])]
         unit = stride_unit(strides)
         self.strides = [s // unit for s in strides]
@@ -41,6 +45,17 @@ class Call:
             HAS_LEFT=0 <= self.left < self.seqlen_k - 1,
             HAS_RIGHT=0 <= self.right < self.seqlen_q - 1,
         )
+
+    def alibi(self, extras: dict) -> tuple:
+        """The slopes, and from one sequence's to the next one's."""
+        slopes = extras.get("alibi_slopes")
+        return (None, None) if slopes is None else (slopes, slopes.shape[-1] if slopes.ndim == 2 else 0)
+
+    def dropout(self, extras: dict) -> tuple:
+        """The seed, the bound below which a random number drops its entry, and what the others are multiplied by."""
+        if not self.dropout_p:
+            return None, None, None
+        return extras["dropout_seed"], threshold(self.dropout_p), 1 / (1 - self.dropout_p)
 
     def tiles(self, x: torch.Tensor, block: int) -> int:
         """Tiles of `block` rows: of one sequence of a dense x, of all sequences and the tail of a varlen one."""

@@ -1,15 +1,20 @@
 """What the forward and the backward kernels share: where a tile lies, which blocks it meets, how a tile is loaded.
 
 Names: a *row* is a query, a *column* a key. `left` and `right` are AttentionSpec.band; HAS_LEFT and HAS_RIGHT say
-whether they bound anything, so that an unbounded side costs nothing.
+whether they bound anything, so that an unbounded side costs nothing. Softcap, ALiBi, dropout and sinks each come with an
+argument that is None where they are off, which the compiler removes together with what would be done with it.
 """
 
 import triton
 import triton.language as tl
 
+from axo_flash.kernels import dropout
+
 # The interpreter multiplies the raw bits of bf16 operands: upcast them there.
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+ROUNDS: tl.constexpr = tl.constexpr(dropout.ROUNDS)
+BITS: tl.constexpr = tl.constexpr(dropout.BITS)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
@@ -107,6 +112,32 @@ def visible(rows, cols, seqlen_q, seqlen_k, left, right, HAS_LEFT: tl.constexpr,
     if HAS_RIGHT:
         seen = seen & (distance <= right)
     return seen
+
+
+@triton.jit
+def tanh(x):
+    """By the exponential: the error, 1e-7, is absolute, as that of a score is; portable, and exact at both ends."""
+    return 1.0 - 2.0 / (1.0 + tl.math.exp2(x * (2.0 * LOG2E)))
+
+
+@triton.jit
+def alibi_bias(slope, rows, cols, seqlen_q, seqlen_k):
+    """AttentionSpec.alibi_bias on two index tensors that broadcast, times `slope`."""
+    distance = cols - rows - (seqlen_k - seqlen_q)
+    return -slope * tl.abs(distance).to(tl.float32)
+
+
+@triton.jit
+def alibi_slope(alibi_slopes, stride_slopes, sequence, head, batch):
+    """The slope of a head, for scores in base 2; of the last sequence behind the last, where nothing is seen."""
+    return tl.load(alibi_slopes + tl.minimum(sequence, batch - 1) * stride_slopes + head) * LOG2E
+
+
+@triton.jit
+def kept(seed, dropped_below, sequence, head, rows, cols):
+    """dropout.kept on two index tensors that broadcast: Philox counters, so the same in every kernel and tile."""
+    bits, _, _, _ = tl.philox(seed, cols, rows, head, sequence, ROUNDS)
+    return (bits >> (32 - BITS)).to(tl.int32) >= dropped_below
 
 
 @triton.jit
