@@ -8,6 +8,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "flash_attn_func": "axo_flash.ops",
     "flash_attn_varlen_func": "axo_flash.ops",
+    "flash_attn_qkvpacked_func": "axo_flash.packed",
+    "flash_attn_kvpacked_func": "axo_flash.packed",
+    "flash_attn_varlen_qkvpacked_func": "axo_flash.packed",
+    "flash_attn_varlen_kvpacked_func": "axo_flash.packed",
     "patch_model": "axo_flash.patch",
     "unpatch_model": "axo_flash.patch",
     "patched": "axo_flash.patch",

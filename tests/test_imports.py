@@ -14,8 +14,8 @@ FLOORS = [
     ["kernels.reference", "kernels.triton", "kernels.hopper", "mount_helper"],
     ["kernels.backends", "mount_io"],
     ["ops", "varlen"],
-    ["layout", "peers"],
-    ["attention"],
+    ["layout", "peers", "packed"],
+    ["attention", "flash_attn_compat"],
     ["patch", "hf"],
     ["config"],
     ["data"],
@@ -27,7 +27,7 @@ FLOORS = [
     ["cli"],
     ["__main__", "integrations"],
 ]
-LIBRARY = ("kernels", "ops", "varlen", "layout", "attention", "patch", "hf")
+LIBRARY = ("kernels", "ops", "varlen", "layout", "packed", "attention", "patch", "hf", "flash_attn_compat")
 
 
 def modules():
