@@ -1,6 +1,7 @@
 """Compile the Triton kernels for an architecture that this machine need not have, and report what came out as JSON lines.
 
     python compile_kernels.py cuda:90 64 128
+    python compile_kernels.py features 90
 
 A script of its own, as the interpreter that the other tests run in takes the place of the compiler in a process.
 """
@@ -121,5 +122,29 @@ def main(target, *head_dims):
                 print(json.dumps(report), flush=True)
 
 
+def main_features(target):
+    """What each feature adds to the code: all instructions, and the ones that tell which."""
+    gpu = GPUTarget("cuda", int(target), 32)
+    for name in KERNELS:
+        for feature in (None, *FEATURES):
+            if feature and not set(FEATURES[feature]) <= set(KERNELS[name].arg_names):
+                continue
+            config = tuning.Config(32, 32, 4, 2)  # small, as the instructions of a tile are counted
+            features = () if feature is None else (feature,)
+            compiled = compile_kernel(name, config, 64, gpu, "bf16", **MASKS[0], features=features)
+            ptx = compiled.asm["ptx"]
+            report = {
+                "kernel": name,
+                "feature": feature,
+                "parameters": len(re.findall(r"^\s*\.param", ptx, re.MULTILINE)),
+                "exponentials": len(re.findall(r"ex2\.approx", ptx)),
+                "divisions": len(re.findall(r"div\.(?:full|rn|approx)\S*f32|rcp", ptx)),
+                "high_products": len(re.findall(r"mul\.hi\.u32", ptx)),
+                "distances": len(re.findall(r"cvt\.rn\.f32\.s32", ptx)),
+                "shared": compiled.metadata.shared,
+            }
+            print(json.dumps(report), flush=True)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main_features(sys.argv[2]) if sys.argv[1] == "features" else main(*sys.argv[1:])
