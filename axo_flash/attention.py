@@ -59,11 +59,13 @@ def attention(
         query: (batch, num_heads, seqlen_q, head_dim), rotated. key, value: (batch, num_kv_heads, seqlen_k, head_dim),
             as the cache returns them; never repeated. fp32 ones of a half-precision model are cast to its dtype.
         attention_mask: what `attention_mask` below made: None, or bool (batch, n): the first n keys, True = token.
-        dropout: must be 0.
+        dropout: probability with which a weight is dropped; 0 when not training, as the modules themselves see to.
         sliding_window: W: a query sees W keys, its own included.
         position_ids: (batch or 1, seqlen_q); rows in which they restart are packed documents, kept apart.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: documents of the flattened batch, as packing collators
             give them; position_ids and their restarts are then not looked at.
+        softcap: scores become softcap * tanh(scores / softcap); None or 0 = off.
+        s_aux: (num_heads,), the sinks: a logit a head that joins the softmax's denominator.
         past_key_values: the cache behind key and value, if the caller knows it: documents packed into one are
             remembered, so that going on from it is refused.
         backend: for `flash_attn_func`.
@@ -72,9 +74,9 @@ def attention(
         out (batch, seqlen_q, num_heads, head_dim) in query's dtype, and None for the weights.
 
     Raises:
-        ValueError: dropout, softcap, sinks, attention weights, 4-D masks, paged caches, or packing that would leak.
+        ValueError: attention weights, 4-D masks, paged caches, or packing that would leak.
     """
-    _refuse_unsupported(module, attention_mask, dropout, softcap, s_aux, output_attentions, cache, position_ids)
+    _refuse_unsupported(module, attention_mask, output_attentions, cache, position_ids)
     if getattr(attention_mask, "axo_flash_packed", False):
         if position_ids is None and cu_seq_lens_q is None:
             raise ValueError(
@@ -93,6 +95,9 @@ def attention(
         "softmax_scale": scaling,
         "causal": causal,
         "window_size": (-1, -1) if sliding_window is None else (sliding_window - 1, 0),
+        "dropout_p": dropout or 0,  # never 0.0: see flash_attn_func
+        "softcap": softcap or 0,
+        "sinks": s_aux,
         "backend": backend,
     }
     batch, seqlen_q, seqlen_k = *q.shape[:2], k.shape[1]
@@ -268,14 +273,8 @@ def _refuse_blocks(mask_function, batch_size, q_length, q_offset, device) -> Non
         raise ValueError(_OTHER_MASK)
 
 
-def _refuse_unsupported(module, mask, dropout, softcap, s_aux, output_attentions, cache, position_ids):
+def _refuse_unsupported(module, mask, output_attentions, cache, position_ids):
     errors = []
-    if dropout:
-        errors.append(f"dropout is not supported, got {dropout}: set the model's config.attention_dropout to 0.0")
-    if softcap:
-        errors.append(f"softcap is not supported, got {softcap}")
-    if s_aux is not None:
-        errors.append("attention sinks (s_aux) are not supported")
     if output_attentions:
         errors.append("attention weights are never formed: leave output_attentions off, or use eager attention")
     if cache is not None:

@@ -126,7 +126,8 @@ class PatchReport:
 
     Attributes:
         family: row of FAMILIES ("llama", "mistral"). layers: attention modules patched.
-        backend: the one that serves the model as it is loaded. reason: why it, and not a better one.
+        backend: the one that serves the model as it is loaded, in training if it has attention dropout.
+        reason: why it, and not a better one.
     """
 
     family: str
@@ -315,6 +316,7 @@ def _choose(module: torch.nn.Module, backend: str, dtype: torch.dtype) -> Choice
         "softmax_scale": module.scaling,
         "causal": True,
         "window_size": (-1, -1) if window is None else (window - 1, 0),
+        "dropout_p": module.attention_dropout,  # in training, which is what it has to be able to serve
     }
     choose_backend(AttentionSpec(**spec, varlen=True), device, backend)
     return choose_backend(AttentionSpec(**spec), device, backend)

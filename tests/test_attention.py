@@ -1,6 +1,7 @@
 """The Hugging Face seam by itself: registration, masks, dtypes, refusals."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -233,9 +234,8 @@ def test_q_k_and_v_are_views(monkeypatch):
 @pytest.mark.parametrize(
     "option, message",
     [
-        ({"dropout": 0.1}, "dropout is not supported, got 0.1.*attention_dropout to 0.0"),
-        ({"softcap": 30.0}, "softcap is not supported, got 30.0"),
-        ({"s_aux": torch.zeros(6)}, "sinks"),
+        ({"dropout": 1.0}, "dropout_p must be at least 0 and below 1, got 1.0"),
+        ({"s_aux": torch.zeros(4)}, r"sinks must be floating point \(6,\), got torch.float32 \(4,\)"),
         ({"output_attentions": True}, "weights are never formed"),
         ({"cache": object()}, "paged caches"),
         ({"position_ids": torch.zeros(3, 1, 4)}, r"position_ids must be \(batch, seqlen\), got \(3, 1, 4\)"),
@@ -247,6 +247,55 @@ def test_unsupported_options_are_refused(option, message):
     q, kv = torch.zeros(1, 6, 4, 8), torch.zeros(1, 2, 4, 8)
     with pytest.raises(ValueError, match=message):
         attention(module, q, kv, kv, **option)
+
+
+def eager_with(name: str, mask, **options):
+    """transformers' own eager attention of a family, and ours, on the same inputs: outputs and all gradients."""
+    eager = importlib.import_module(f"transformers.models.{name}.modeling_{name}").eager_attention_forward
+    module = tiny("llama").model.layers[0].self_attn.eval()
+    module.num_key_value_groups, module.sinks = 3, torch.nn.Parameter(torch.randn(6))
+    generator = torch.Generator().manual_seed(2)
+    shapes = (2, 6, 9, 8), (2, 2, 9, 8), (2, 2, 9, 8)
+    inputs = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    causal = torch.ones(9, 9).tril().bool() if mask is None else torch.ones(9, 9).tril().bool() & mask[:, None, None]
+    leaves = inputs
+    if name == "gpt_oss":
+        options, leaves = {"s_aux": module.sinks}, [*inputs, module.sinks]
+    scores = torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min).expand(2, 1, 9, 9)
+    real = torch.ones(2, 9, dtype=torch.bool) if mask is None else mask
+    results = []
+    for function, given in ((eager, scores), (attention, mask)):
+        out, _ = function(module, *inputs, given, scaling=0.3, **options)
+        results.append([out[real], *torch.autograd.grad(out[real].square().sum(), leaves)])
+    return results
+
+
+LEFT_PADDED = torch.tensor([[False] * 3 + [True] * 6, [True] * 9])
+
+
+@pytest.mark.parametrize("mask", [None, LEFT_PADDED], ids=["plain", "left-padded"])
+@pytest.mark.parametrize(("family", "options"), [("gemma2", {"softcap": 1.5}), ("gpt_oss", {})])
+def test_softcap_and_sinks_are_the_families_own(family, options, mask):
+    for want, got in zip(*eager_with(family, mask, **options), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [None, LEFT_PADDED], ids=["plain", "left-padded"])
+def test_dropout_is_that_of_the_weights(mask):
+    """Averaged over many masks the output is the one without; a weight is dropped, or divided by 1 - p."""
+    module = tiny("llama").model.layers[0].self_attn
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 6, 9, 8), torch.randn(2, 2, 9, 8)
+    v = torch.eye(9, 9).expand(2, 2, 9, 9)[..., :9]
+    q, k = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k))
+    weights, _ = attention(module, q, k, v, mask)
+    total = torch.zeros_like(weights)
+    for _ in range(400):
+        dropped, _ = attention(module, q, k, v, mask, dropout=0.25)
+        ratio = (dropped / weights)[weights > 0]
+        assert ((ratio - 1 / 0.75).abs() < 1e-4).logical_or(ratio == 0).all()
+        total += dropped
+    assert (total / 400 - weights).abs().max() < 5 * (0.25 / 0.75 / 400) ** 0.5
 
 
 def test_is_causal_and_scaling_are_heard(seen):
