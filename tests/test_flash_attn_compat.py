@@ -53,12 +53,12 @@ def test_star_import(installed):
 def test_what_is_missing_says_so(installed):
     import flash_attn
 
-    with pytest.raises(AttributeError, match="has no flash_attn_with_kvcache: decoding from a KV cache is not covered"):
-        flash_attn.flash_attn_with_kvcache  # noqa: B018
-    for module in ("flash_attn", "flash_attn.flash_attn_interface"):
-        with pytest.raises(ImportError, match=f"{module} is axo_flash here, which has no flash_attn_with_kvcache"):
-            exec(f"from {module} import flash_attn_with_kvcache")
-    assert getattr(flash_attn, "flash_attn_with_kvcache", None) is None and not hasattr(flash_attn, "flash_attn_gpu")
+    with pytest.raises(AttributeError, match="flash_attn is axo_flash here, which has no flash_attn_gpu"):
+        flash_attn.flash_attn_gpu  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'flash_attn_gpu'"):
+        exec("from flash_attn import flash_attn_gpu")
+    with pytest.raises(NotImplementedError, match="does not decode in place from a KV cache yet"):
+        flash_attn.flash_attn_with_kvcache(*torch.zeros(3, 1, 1, 1, 8))
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("flash_attn.cute")
     assert importlib.util.find_spec("flash_attn.ops") is None
@@ -115,6 +115,36 @@ from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
         "layers.rotary)",
         "True True",
     ]
+
+
+def test_transformers_flash_attention_2_computes_by_ours():
+    """A padded batch and generation by its integration of the package flash-attn, which imports it at first use."""
+    code = """
+import torch
+from axo_flash import flash_attn_compat, ops
+flash_attn_compat.install()
+torch.cuda.is_available = lambda: True
+from transformers import LlamaConfig, LlamaForCausalLM
+
+shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+torch.manual_seed(0)
+ours, eager, exact = (
+    LlamaForCausalLM._from_config(LlamaConfig(vocab_size=100, **shape), attn_implementation=name, dtype=dtype)
+    for name, dtype in (("flash_attention_2", torch.bfloat16), ("eager", torch.bfloat16), ("eager", torch.float32))
+)
+eager.load_state_dict(ours.state_dict())
+exact.load_state_dict(ours.state_dict())
+tokens, mask = torch.randint(0, 100, (2, 17)), torch.ones(2, 17, dtype=torch.long)
+mask[0, :5] = 0
+with torch.no_grad():
+    got, plain, want = (model(tokens, attention_mask=mask).logits[mask.bool()] for model in (ours, eager, exact))
+    assert (got - want).abs().max() <= 2 * (plain - want).abs().max()
+    assert ops.calls.total() == 2, ops.calls
+    got, want = (model.generate(tokens, attention_mask=mask, max_new_tokens=4, do_sample=False) for model in (ours, eager))
+assert torch.equal(got, want) and ops.calls.total() == 2 * 5, ops.calls
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # --- bert_padding ---------------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@
     print(install())  # before importing what demands flash-attn
     from flash_attn import flash_attn_func
 
-What is offered is flash-attn 2.8's surface as far as MODULES goes; what is missing is missing there as well, so that code
-which asks first whether something exists goes its own way.
+What is offered is flash-attn 2.8's surface as far as MODULES goes. transformers' attn_implementation="flash_attention_2",
+among others, then computes by ours.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ MODULES = {
     "flash_attn.layers": None,
     "flash_attn.layers.rotary": "axo_flash.flash_attn_compat.rotary",
 }
-MISSING = {"flash_attn_with_kvcache": "decoding from a KV cache is not covered yet"}
 _PRIVATE = {"flash_attn.flash_attn_interface": ["_get_block_size_n"]}
 
 _replaced: dict[str, ModuleType] = {}
@@ -92,16 +91,11 @@ class _Finder(importlib.metadata.DistributionFinder):
     """Finds the modules of MODULES, and flash-attn's metadata."""
 
     def find_spec(self, fullname, path=None, target=None):
-        parent, _, name = fullname.rpartition(".")
-        if fullname in MODULES:
-            spec = importlib.machinery.ModuleSpec(fullname, self, origin=__file__, is_package=True)
-            spec.has_location = True  # the module gets a __file__, as those who look for it expect
-            return spec
-        if (
-            parent in MODULES and name in MISSING
-        ):  # `from flash_attn import name`, once the module has no such attribute
-            raise ImportError(_missing(parent, name), name=fullname)
-        return None
+        if fullname not in MODULES:
+            return None
+        spec = importlib.machinery.ModuleSpec(fullname, self, origin=__file__, is_package=True)
+        spec.has_location = True  # the module gets a __file__, as those who look for it expect
+        return spec
 
     def create_module(self, spec):
         return None
@@ -136,12 +130,7 @@ class _Distribution(importlib.metadata.Distribution):
 
 
 def _no_attribute(module: str, name: str):
-    raise AttributeError(_missing(module, name))
-
-
-def _missing(module: str, name: str) -> str:
-    why = MISSING.get(name, "it is not covered")
-    return f"{module} is axo_flash here, which has no {name}: {why} (axo_flash.flash_attn_compat)"
+    raise AttributeError(f"{module} is axo_flash here, which has no {name} (axo_flash.flash_attn_compat)")
 
 
 _finder = _Finder()

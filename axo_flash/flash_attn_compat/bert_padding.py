@@ -28,7 +28,7 @@ def index_first_axis_residual(input: torch.Tensor, indices: torch.Tensor) -> tup
 
 def index_put_first_axis(values: torch.Tensor, indices: torch.Tensor, first_axis_dim: int) -> torch.Tensor:
     """(first_axis_dim, ...), zeros but for the rows `indices`, which are `values`."""
-    return values.new_zeros((first_axis_dim, *values.shape[1:])).index_copy(0, indices, values)
+    return values.new_zeros((first_axis_dim, *values.shape[1:])).index_copy(0, indices.long(), values)
 
 
 def unpad_input(hidden_states: torch.Tensor, attention_mask: torch.Tensor, unused_mask: torch.Tensor | None = None):
@@ -59,5 +59,5 @@ def unpad_input_for_concatenated_sequences(hidden_states: torch.Tensor, attentio
 
 
 def pad_input(hidden_states: torch.Tensor, indices: torch.Tensor, batch: int, seqlen: int) -> torch.Tensor:
-    """Rows (total, ...) back to (batch, seqlen, ...), zeros elsewhere."""
-    return pad(hidden_states, indices, batch, seqlen)
+    """Rows (total, ...) back to (batch, seqlen, ...), zeros elsewhere; indices int32 or int64 (transformers' are int32)."""
+    return pad(hidden_states, indices.long(), batch, seqlen)
