@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     but what it made could not be brought to output_dir. 130: Ctrl-C. 143: SIGTERM.
     """
     arguments = make_parser().parse_args(argv)
+    # lines of stdout and stderr in their order in a log file too, and what was said before a kill is there
+    sys.stdout.reconfigure(line_buffering=True)
     try:
         return arguments.command.run(arguments)
     except KeyboardInterrupt:
