@@ -22,14 +22,14 @@ UNSUPPORTED_BY_REASON: dict[str, str] = {
         qat quantization fp8 fp8_config use_onebitllms quantize_moe_experts nonexpert_quantization llmcompressor
         reinit_weights""",
     "adapters are plain LoRA and QLoRA": """
-        relora lisa_n_layers lisa_step_interval jagged_restart_steps peft peft_use_dora peft_use_rslora
+        relora relora_steps lisa_n_layers lisa_step_interval jagged_restart_steps peft peft_use_dora peft_use_rslora
         peft_layers_to_transform peft_layers_pattern peft_layer_replication peft_init_lora_weights
         peft_trainable_token_indices peft_ensure_weight_tying peft_autocast_adapter_dtype lora_target_parameters
         lora_rank_pattern lora_alpha_pattern lora_fan_in_fan_out loraplus_lr_ratio merge_lora mora
         unfrozen_parameters spectrum_top_fraction""",
     "attention is our kernels, or the model's own: set attn_implementation to axo_fa, sdpa or eager": """
-        xformers_attention flex_attention flex_attn_compile_kwargs sage_attention s2_attention flash_optimum sdpa_varlen
-        fused_attn_kernel large_head_attention flash_attn_d512 gemma4_hybrid_attn_impl scaling_softmax""",
+        attention xformers_attention flex_attention flex_attn_compile_kwargs sage_attention s2_attention flash_optimum
+        sdpa_varlen fused_attn_kernel large_head_attention flash_attn_d512 gemma4_hybrid_attn_impl scaling_softmax""",
     "no layer but attention is replaced": """
         flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_mlp flash_attn_fuse_qkv lora_mlp_kernel
         lora_qkv_kernel lora_o_kernel lora_embedding_kernel unsloth_cross_entropy_loss unsloth_lora_mlp unsloth_lora_qkv
@@ -97,6 +97,7 @@ TUNES: dict[str, str] = {
         generation_top_k generation_prompt_ratio generation_do_sample""",
     "bench_dataset": "bench_split",
     "lisa_n_layers": "lisa_layers_attribute",
+    "relora_steps": "relora_warmup_steps relora_anneal_steps",
     "relora": "relora_prune_ratio relora_prune_method relora_cpu_offload",
     "jagged_restart_steps": "jagged_restart_warmup_steps jagged_restart_anneal_steps",
     "loraplus_lr_ratio": "loraplus_lr_embedding",

@@ -178,6 +178,7 @@ special_tokens:
             ["lisa_n_layers", "lisa_step_interval"],
         ),
         ("relora: true\njagged_restart_steps: 150\n", ["relora", "jagged_restart_steps"]),
+        ("relora_steps: 150\nrelora_warmup_steps: 10\nrelora_cpu_offload: false\n", ["relora_steps"]),  # of 2024
         ("peft:\n  loftq_config:\n    loftq_bits: 4\n", ["peft"]),
         ("rl: orpo\norpo_alpha: 0.1\n", ["rl", "orpo_alpha"]),
         ("model_config:\n  output_router_logits: true\n", ["model_config"]),
