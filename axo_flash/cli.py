@@ -11,6 +11,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -41,8 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     but what it made could not be brought to output_dir. 130: Ctrl-C. 143: SIGTERM.
     """
     arguments = make_parser().parse_args(argv)
-    # lines of stdout and stderr in their order in a log file too, and what was said before a kill is there
-    sys.stdout.reconfigure(line_buffering=True)
     try:
         return arguments.command.run(arguments)
     except KeyboardInterrupt:
@@ -121,7 +120,7 @@ def run_train(arguments: argparse.Namespace) -> int:
 
     quiet_libraries()
     try:
-        train(config)
+        train(config, partial(print, flush=True))  # in a log file too, its lines and those of stderr are in their order
     except NotPublished as problem:
         print(f"error: {problem}", file=sys.stderr)
         return UNPUBLISHED
