@@ -4,7 +4,8 @@ Names as in the other kernels: a *row* is a query, a *column* a key; `left` and 
 and HAS_RIGHT say whether they bound anything.
 
 A kernel here is persistent: one program a multiprocessor, in it one partition that fetches tiles and copies, and others that
-compute. Tiles are handed out longest first by a counter in global memory, so that no multiprocessor waits for another.
+compute. Tiles are handed out by a counter in global memory, the longest (of packed rows: of the longest document) first, so
+that no multiprocessor waits for another.
 """
 
 import triton.experimental.gluon.language as gl
@@ -156,7 +157,7 @@ def masked_first(i, lo, full_lo, full_hi, hi):
 @gluon.jit
 def next_tile(counter, num_tiles):
     """The next tile that nobody has; the program that draws the last number sets the counter back to zero."""
-    drawn = gl.atomic_add(counter, 1)
+    drawn = gl.atomic_add(counter, 1, sem="relaxed")  # else it would wait for all that has been written
     if drawn == num_tiles - 1:
-        gl.atomic_xchg(counter, 0)
+        gl.atomic_xchg(counter, 0, sem="relaxed")
     return drawn + gl.num_programs(0)
