@@ -15,6 +15,7 @@ import torch
 from axo_flash.kernels.backends import BACKENDS, Choice, choose_backend
 from axo_flash.kernels.dropout import draw_seed
 from axo_flash.kernels.spec import MAX_HEAD_DIM, AttentionSpec
+from axo_flash.paged import from_pages
 
 logger = logging.getLogger(__name__)
 
@@ -123,16 +124,18 @@ def flash_attn_varlen_func(
         q: (total_q, num_heads, head_dim). k, v: (total_k, num_kv_heads, head_dim).
         cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), on q's device: sequence i is rows cu_seqlens[i] ...
             cu_seqlens[i + 1] - 1. Empty sequences are legal; so are tokens past cu_seqlens[-1], whose output is 0.
-        max_seqlen_q, max_seqlen_k: of flash-attn's signature; only S_dmask needs them, as lengths are read on the device.
-        block_table: of paged keys and values; must be None.
+        max_seqlen_q, max_seqlen_k: of flash-attn's signature; only S_dmask needs them, as lengths are read on the device, and
+            max_seqlen_k spares memory with block_table.
+        block_table: int32 (batch, pages of a sequence): k and v are pages, (num_pages, page_size, num_kv_heads, head_dim).
+            They are copied into one piece first: right, but no way to decode fast. See axo_flash.paged.
 
     Everything else as there; lse is (num_heads, total_q), and -inf for tokens past cu_seqlens[-1].
     """
     name = "flash_attn_varlen_func"
-    if block_table is not None:
-        raise ValueError(f"{name}: paged keys and values (block_table) are not supported; leave it at None")
-    _check(name, q, k, v, rank=3)
     _check_cu_seqlens(q, cu_seqlens_q, cu_seqlens_k)
+    if block_table is not None:
+        k, v = from_pages(name, k, v, block_table, cu_seqlens_k, max_seqlen_k)
+    _check(name, q, k, v, rank=3)
     _check_logits(name, q, cu_seqlens_q.numel() - 1, alibi_slopes, sinks)
     if return_attn_probs and dropout_p and (max_seqlen_q is None or max_seqlen_k is None):
         raise ValueError(f"{name}: return_attn_probs with dropout needs max_seqlen_q and max_seqlen_k, got none")

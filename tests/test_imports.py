@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "axo_flash"
 # from the ground up; a module may import what stands on a lower floor, or beside it in its own package
 FLOORS = [
-    ["errors", "metrics", "kernels.spec", "kernels.dropout", "mounts", "mount_worker"],
+    ["errors", "metrics", "kernels.spec", "kernels.dropout", "paged", "mounts", "mount_worker"],
     ["kernels.reference", "kernels.triton", "kernels.hopper", "mount_helper"],
     ["kernels.backends", "mount_io"],
     ["ops", "varlen"],
@@ -27,7 +27,7 @@ FLOORS = [
     ["cli"],
     ["__main__", "integrations"],
 ]
-LIBRARY = ("kernels", "ops", "varlen", "layout", "packed", "attention", "patch", "hf", "flash_attn_compat")
+LIBRARY = ("kernels", "ops", "varlen", "layout", "packed", "paged", "attention", "patch", "hf", "flash_attn_compat")
 
 
 def modules():
