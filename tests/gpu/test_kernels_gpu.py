@@ -1,6 +1,7 @@
 """The kernels on a GPU: forward and all gradients of a few hundred specs, and what only real hardware shows."""
 
 import random
+from collections import defaultdict
 
 import pytest
 import torch
@@ -76,13 +77,23 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+def kernels_of(case: Case, backend: str) -> str:
+    """Cases of one answer share most of their kernels: with `--dist loadgroup` one process runs and compiles them."""
+    mask = ("causal", case.causal), ("window", case.window != (-1, -1)), ("varlen", case.lengths)
+    return "-".join([backend, str(case.head_dim), str(case.dtype)[6:], *(name for name, on in mask if on)])
+
+
+def together(cases, backend: str):
+    return [pytest.param(c, id=str(c), marks=pytest.mark.xdist_group(kernels_of(c, backend))) for c in cases]
+
+
+@pytest.mark.parametrize("case", together(CASES, "triton"))
 def test_against_definition(case):
     check(case, "triton", "cuda")
 
 
 @needs_hopper
-@pytest.mark.parametrize("case", [c for c in CASES if c.head_dim in hopper.HEAD_DIMS], ids=str)
+@pytest.mark.parametrize("case", together([c for c in CASES if c.head_dim in hopper.HEAD_DIMS], "hopper"))
 def test_hopper_against_definition(case):
     check(case, "hopper", "cuda")
 
@@ -109,15 +120,21 @@ def random_case(seed: int) -> Case:
     return Case(**case, batch=r.randint(1, 3), seqlen=(seqlen, seqlen if r.random() < 0.6 else max(1, length())))
 
 
+RANDOM = defaultdict(list)
+for _seed in range(1000):
+    RANDOM[kernels_of(random_case(_seed), "hopper")].append(_seed)
+
+
 @needs_hopper
-@pytest.mark.parametrize("first", range(0, 1000, 50))
-def test_hopper_on_random_specs(first):
-    for seed in range(first, first + 50):
+@pytest.mark.parametrize("kernels", [pytest.param(k, marks=pytest.mark.xdist_group(k)) for k in sorted(RANDOM)])
+def test_hopper_on_random_specs(kernels):
+    for seed in RANDOM[kernels]:
         check(random_case(seed), "hopper", "cuda")
 
 
 def test_there_are_enough_cases():
     assert len(CASES) == len(set(CASES)) >= 300
+    assert sum(len(seeds) for seeds in RANDOM.values()) == 1000
 
 
 @pytest.mark.parametrize(
