@@ -20,8 +20,9 @@ def from_pages(
         k, v: (num_pages, page_size, num_kv_heads, head_dim).
         block_table: int32 or int64 (batch, pages of a sequence): the numbers of its pages; what lies behind a sequence's
             last page is not read.
-        cu_seqlens_k: int32 (batch + 1,).
-        max_seqlen_k: no sequence has more keys; None: as many as block_table has room for.
+        cu_seqlens_k: int32 (batch + 1,), on q's device.
+        max_seqlen_k: no sequence has more keys, which is not looked at, as lengths lie on the device; None: as many as
+            block_table has room for.
 
     Returns:
         k and v (batch * longest, num_kv_heads, head_dim), where rows past cu_seqlens_k[-1] hold anything.
@@ -40,8 +41,9 @@ def from_pages(
             f"{name}: block_table must be int32 or int64 (batch, pages of a sequence) with batch {batch}, got "
             f"{block_table.dtype} {tuple(block_table.shape)}"
         )
-    if block_table.device != k.device:
-        raise ValueError(f"{name}: block_table must be on k's device {k.device}, got {block_table.device}")
+    devices = [str(x.device) for x in (cu_seqlens_k, k, v, block_table)]
+    if len(set(devices)) > 1:
+        raise ValueError(f"{name}: q, k, v and block_table must be on one device, got {', '.join(devices)}")
     page_size, room = k.shape[1], block_table.shape[1] * k.shape[1]
     longest = room if max_seqlen_k is None else max_seqlen_k
     if longest > room:

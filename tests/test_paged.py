@@ -57,7 +57,11 @@ def test_pages_are_what_lies_in_them(dtype, max_seqlen_k):
             r"block_table must be int32 or int64 .* batch 5, got torch.float32 \(5, 3\)",
         ),
         (dict(block_table=torch.zeros(4, 3, dtype=torch.int32)), r"with batch 5, got torch.int32 \(4, 3\)"),
-        (dict(block_table=torch.zeros(5, 3, dtype=torch.int32, device="meta")), "on k's device cpu, got meta"),
+        (
+            dict(block_table=torch.zeros(5, 3, dtype=torch.int32, device="meta")),
+            "q, k, v and block_table must be on one device, got cpu, cpu, cpu, meta",
+        ),
+        (dict(v=torch.zeros(12, PAGE, 2, 32, device="meta")), "on one device, got cpu, cpu, meta, cpu"),
         (dict(max_seqlen_k=65), "max_seqlen_k is 65, but block_table has 4 pages of 16 a sequence"),
     ],
 )
