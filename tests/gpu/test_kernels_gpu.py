@@ -134,7 +134,6 @@ def test_hopper_on_random_specs(kernels):
 
 def test_there_are_enough_cases():
     assert len(CASES) == len(set(CASES)) >= 300
-    assert sum(len(seeds) for seeds in RANDOM.values()) == 1000
 
 
 @pytest.mark.parametrize(
