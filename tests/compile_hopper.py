@@ -76,8 +76,8 @@ def compile_kernel(name: str, constants: dict, dtype: str):
             signature[arg] = "constexpr"
         elif arg in boxes:
             signature[arg] = descriptor(*boxes[arg])
-        elif arg in ("lse", "dq_acc", "schedule", "counter", "turns"):
-            signature[arg] = "*fp32" if arg in ("lse", "dq_acc") else "*i32"
+        elif arg in (pointers := dict(lse="fp32", dq_acc="fp32", dq=dtype, schedule="i32", counter="i32", turns="i32")):
+            signature[arg] = f"*{pointers[arg]}"
             attributes[(i,)] = ALIGNED
         else:
             signature[arg] = "fp32" if arg.startswith("scale") else "i32"
@@ -99,17 +99,26 @@ def inspect(compiled) -> dict:
         listing = subprocess.run([TOOLS / "nvdisasm", cubin], capture_output=True, text=True, check=True).stdout
     code, _ = parse(listing)
     # the loop over blocks of each warpgroup that computes: the innermost one with products and exponentials
-    both = [body for body in loops(code) if count(body, "HGMMA") and count(body, "MUFU") >= 16]
-    main = [
-        body for body in both if not any(len(other) < len(body) and other[0] is ins for other in both for ins in body)
-    ]
+    main = innermost(body for body in loops(code) if count(body, "HGMMA") and count(body, "MUFU") >= 16)
+    # that of the one that adds to dQ
+    adding = innermost(body for body in loops(code) if count(body, "HGMMA") and count(body, "REDG"))
     return {
         "shared": compiled.metadata.shared,
         "warnings": [line for line in said.splitlines() if "wgmma" in line or "setmaxnreg" in line],
         "products": [count(body, "HGMMA") for body in main],
         "spilled_in_loops": max((count(body, "LDL", "STL") for body in main), default=0),
+        "spilled_beside_reductions": max((count(body, "LDL", "STL") for body in adding), default=0),
         "undefined": undefined_uniform_reads(code),
     }
+
+
+def innermost(bodies) -> list:
+    bodies = list(bodies)
+    return [
+        body
+        for body in bodies
+        if not any(len(other) < len(body) and other[0] is ins for other in bodies for ins in body)
+    ]
 
 
 def count(body, *names: str) -> int:

@@ -11,8 +11,10 @@ from sass import parse, undefined_uniform_reads
 SHARED_MEMORY = 232448  # bytes a program may use on sm_90
 # HGMMA instructions of one pass of the main loop: 16 deep each, two products forward, four a warpgroup backward
 PRODUCTS = {("forward", 128): 16, ("forward", 64): 12, ("backward", 128): 24, ("backward", 64): 16}
-# Forward nothing. Backward at head_dim 128 a few loop-invariant addresses, whatever the version of triton.
-SPILLS = {("backward", 128): 24}
+# Forward nothing. Backward at head_dim 128 a few loop-invariant addresses, most of them with triton 3.9; and where the
+# reductions are, with which local memory shares a queue, on the paths that few blocks take.
+SPILLS = {("backward", 128): 13}
+SPILLS_BESIDE_REDUCTIONS = 19
 
 
 @pytest.mark.slow
@@ -31,6 +33,7 @@ def test_compiles_as_written(kernel, head_dim):
         assert report["undefined"] == [], report
         assert report["products"] == [PRODUCTS[kernel, head_dim]] * warpgroups, report
         assert report["spilled_in_loops"] <= SPILLS.get((kernel, head_dim), 0), report
+        assert report["spilled_beside_reductions"] <= SPILLS_BESIDE_REDUCTIONS, report
 
 
 def test_a_register_that_one_of_two_paths_leaves_undefined_is_found():

@@ -58,40 +58,53 @@ def test_schedule_holds_every_tile_once_document_by_document(lengths, last_first
     assert order == sorted(order)  # the longest document first; of it, where causal tiles are long
 
 
-@pytest.mark.parametrize("align", [64, 128])
+def tiles_met(first, seqlen, seqlen_k, left, right, keys):
+    """By how many tiles of `keys` keys any of the rows first ... first + 63 is seen, key by key."""
+    offset = seqlen_k - seqlen
+    seen = {
+        col // keys
+        for row in range(first, min(first + 64, seqlen))
+        for col in range(seqlen_k)
+        if (left < 0 or col >= row + offset - left) and (right < 0 or col <= row + offset + right)
+    }
+    return len(seen)
+
+
+@pytest.mark.parametrize(("left", "right"), [(-1, -1), (-1, 0), (40, 5)])
 @pytest.mark.parametrize("varlen", [False, True])
-def test_workspace_before_and_after(varlen, align):
-    """Every row at its place: -lse / scale and -delta, zeros to add to; and back, rounded, the rows of nobody as zeros."""
+def test_workspace_before_and_after(varlen, left, right):
+    """Every row at its place: lse in base 2 and -delta. Where several tiles meet a block of rows, or none, zeros to add to,
+    and back, rounded; where one does, nothing is touched. The rows of nobody are zeros."""
     torch.manual_seed(0)
-    lengths, tail, heads, head_dim, scale = [70, 0, 64, 130], 5, 2, 64, 0.25
+    tail, heads, head_dim, keys, scale = 5, 2, 64, 128, 0.25
     if varlen:
+        lengths, lengths_k = [70, 0, 64, 300, 20, 200], [10, 3, 129, 300, 0, 7]
         total, batch = sum(lengths) + tail, len(lengths)
-        cu, shape, stats = cumulative(lengths), (total, heads, head_dim), (heads, total)
-        starts = [*cumulative(lengths).tolist()]
+        cu, cu_k, shape, stats = cumulative(lengths), cumulative(lengths_k), (total, heads, head_dim), (heads, total)
         places = [
-            ((start // align + i) * align, start, n) for i, (start, n) in enumerate(zip(starts, lengths, strict=False))
+            ((start // 64 + i) * 64, start, n) for i, (start, n) in enumerate(zip(cu.tolist(), lengths, strict=False))
         ]
-        rows, seqlen = (total // align + batch + 1) * align, total
+        rows, seqlen, seqlen_k = (total // 64 + batch + 1) * 64, total, sum(lengths_k)
     else:
-        batch, seqlen, cu = 3, 70, None
+        batch, seqlen, seqlen_k, cu, cu_k = 3, 150, 140, None, None
+        lengths, lengths_k = [seqlen] * batch, [seqlen_k] * batch
         shape, stats = (batch, seqlen, heads, head_dim), (batch, heads, seqlen)
-        places = [(i * math.ceil(seqlen / align) * align, i, seqlen) for i in range(batch)]
-        rows = batch * math.ceil(seqlen / align) * align
+        places = [(i * 192, i, seqlen) for i in range(batch)]
+        rows = batch * 192
     out, dout = (torch.randn(shape, device=DEVICE, dtype=torch.float16) for _ in range(2))
     lse, dlse = (torch.randn(stats, device=DEVICE) for _ in range(2))
     lse[..., 3] = -torch.inf  # a row that sees nothing
     lse_log2, dp_start = torch.full((2, heads, rows), torch.nan, device=DEVICE)
     acc = torch.full((heads, rows, head_dim), torch.nan, device=DEVICE)
     strides = [s // 8 for s in (out.stride()[:3] if not varlen else (0, *out.stride()[:2]))]
-    constants = dict(HEAD_DIM=head_dim, BLOCK=64, ALIGN=align, VARLEN=varlen)
+    mask = dict(KEYS=keys, VARLEN=varlen, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0)
     grid = (rows // 64, heads)
     prepare_kernel[grid](
-        out, dout, lse, dlse, lse_log2, dp_start, acc, cu, *strides, *strides, heads, batch, seqlen, rows,
-        **constants, HAS_DLSE=True,
+        out, dout, lse, dlse, lse_log2, dp_start, acc, cu, cu_k, *strides, *strides, heads, batch, seqlen, seqlen_k, left,
+        right, rows, HEAD_DIM=head_dim, BLOCK=64, **mask, HAS_DLSE=True,
     )  # fmt: skip
-    assert (acc == 0).all()
-    real = torch.zeros(rows, dtype=torch.bool, device=DEVICE)
-    for place, where, n in places:
+    real, summed = torch.zeros(2, rows, dtype=torch.bool, device=DEVICE)
+    for (place, where, n), n_k in zip(places, lengths_k, strict=True):
         own = (slice(None), slice(where, where + n)) if varlen else (where,)
         o, do = (x[where : where + n] if varlen else x[where] for x in (out, dout))
         delta = (o.float() * do.float()).sum(-1).T - dlse[own]
@@ -100,16 +113,27 @@ def test_workspace_before_and_after(varlen, align):
             lse_log2[:, place : place + n], torch.where(lse[own].isinf(), torch.inf, lse[own] / math.log(2))
         )
         real[place : place + n] = True
+        for first in range(0, n, 64):
+            several = tiles_met(first, n, n_k, left, right, keys) != 1
+            summed[place + first : place + min(first + 64, n)] = several
+            sums = acc[:, place + first : place + first + 64]
+            assert (sums == 0).all() if several else sums.isnan().all()
+    assert real.sum() >= summed.sum() > 0
     assert (lse_log2[:, ~real] == torch.inf).all() and (dp_start[:, ~real] == 0).all()
 
     acc[:, real] = torch.randn(heads, int(real.sum()), head_dim, device=DEVICE)
     dq = torch.full(shape, torch.nan, device=DEVICE, dtype=torch.float16)
-    finish_kernel[grid](as_fragments(acc), dq, cu, *strides, batch, seqlen, rows, scale, **constants)
+    finish_kernel[grid](
+        as_fragments(acc), dq, cu, cu_k, *strides, batch, seqlen, seqlen_k, left, right, rows, scale,
+        HEAD_DIM=head_dim, BLOCK=64, **mask,
+    )  # fmt: skip
     for place, where, n in places:
-        got = dq[where : where + n] if varlen else dq[where]
-        torch.testing.assert_close(got, (acc[:, place : place + n] * scale).half().transpose(0, 1))
+        got = (dq[where : where + n] if varlen else dq[where]).transpose(0, 1)
+        own = summed[place : place + n]
+        torch.testing.assert_close(got[:, own], (acc[:, place : place + n] * scale).half()[:, own])
+        assert got[:, ~own].isnan().all()
     if varlen:
-        assert (dq[-tail:] == 0).all()
+        assert (dq[-tail:].nan_to_num(1) == 0).all()
 
 
 @pytest.mark.parametrize(

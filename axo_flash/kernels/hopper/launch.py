@@ -34,9 +34,9 @@ L2_BYTES = 8 << 20
 L2_BYTES_UNEQUAL = 32 << 20
 FEWEST_HEADS = 4  # at once, backward, where tiles differ in length
 LONG = 2048  # keys, from which on the forward issues the scores first
+SHORT = 256  # rows of a document, on average, up to which a tile of the backward is of a kv head
 RAGGED_ROWS = 1 << 30
 COUNTERS = 4096
-ROWS = 64  # a program of the kernels before and after the backward one
 LOG2E = math.log2(math.e)
 
 
@@ -91,13 +91,13 @@ def backward(dout, q, k, v, out, lse, *, spec: AttentionSpec, cu_seqlens_q=None,
             return backward(dout, q, k, v, out, lse, spec=spec, dlse=dlse, **cu_seqlens)
     config = BACKWARD[spec.head_dim]
     q, k, v, dout, out = (copyable(x) for x in (q, k, v, dout, out))
-    space = Workspace.of(spec, q, cu_seqlens_q, config["BLOCK_M"])
     tiles = Tiles(spec, k, q, cu_seqlens_k, cu_seqlens_q, config["BLOCK_N"], queries=False)
+    space = Workspace.of(spec, q, cu_seqlens_q, cu_seqlens_k, tiles, config)
     share = spec.group_size // tiles.group
     if share > 1:  # what each query head owes, to be added up
         dk, dv = torch.empty((2, *k.shape[:-2], spec.num_heads, spec.head_dim), dtype=k.dtype, device=k.device)
     _prepare(space, out, dout, lse.contiguous(), None if dlse is None else dlse.contiguous())
-    _add_up(space, tiles, share, config, q, k, v, dout, dk, dv)
+    _add_up(space, tiles, share, config, q, k, v, dout, dq, dk, dv)
     _finish(space, dq)
     if share > 1:
         dk, dv = (x.unflatten(-2, (-1, share)).sum(-2) for x in (dk, dv))
@@ -108,24 +108,30 @@ class Workspace(NamedTuple):
     """What the three kernels of a backward hand to one another, each sequence's rows beginning on a multiple of `block`.
 
     Attributes:
+        masked: seqlen_k, left and right, by which the kernels before and after know the tiles that a block of rows meets.
         lse_log2, dp_start: (heads, rows) fp32: lse in base 2; what dP starts at, -delta (+ dlse).
         dq_acc: (heads, rows, head_dim) fp32, in the order of accumulators in registers.
         turns: (heads, rows / block) int32, whose turn it is to add to dq; None where the order is free.
+        programs, constants: of the kernels before and after.
     """
 
     spec: AttentionSpec
-    cu_seqlens_q: torch.Tensor | None
+    cu_seqlens: tuple[torch.Tensor | None, torch.Tensor | None]
     block: int
     batch: int
     seqlen: int
+    masked: tuple[int, int, int]
     rows: int
     lse_log2: torch.Tensor
     dp_start: torch.Tensor
     dq_acc: torch.Tensor
     turns: torch.Tensor | None
+    programs: tuple[int, int]
+    constants: dict
 
     @classmethod
-    def of(cls, spec: AttentionSpec, q: torch.Tensor, cu_seqlens_q: torch.Tensor | None, block: int) -> Workspace:
+    def of(cls, spec: AttentionSpec, q: torch.Tensor, cu_seqlens_q, cu_seqlens_k, tiles: Tiles, config) -> Workspace:
+        block = config["BLOCK_M"]
         batch, seqlen = (cu_seqlens_q.numel() - 1, q.shape[0]) if spec.varlen else q.shape[:2]
         rows = padded_rows(batch, seqlen, block, spec.varlen)
         float32 = dict(dtype=torch.float32, device=q.device)
@@ -134,16 +140,10 @@ class Workspace(NamedTuple):
         turns = None
         if spec.deterministic:
             turns = torch.zeros((spec.num_heads, rows // block), dtype=torch.int32, device=q.device)
-        return cls(spec, cu_seqlens_q, block, batch, seqlen, rows, lse_log2, dp_start, dq_acc, turns)
-
-    @property
-    def programs(self) -> tuple[int, int]:
-        """Of the kernels before and after."""
-        return self.rows // ROWS, self.spec.num_heads
-
-    @property
-    def constants(self) -> dict:
-        return dict(HEAD_DIM=self.spec.head_dim, BLOCK=ROWS, ALIGN=self.block, VARLEN=self.spec.varlen)
+        programs = rows // block, spec.num_heads
+        constants = dict(HEAD_DIM=spec.head_dim, BLOCK=block, KEYS=config["BLOCK_N"], **tiles.constants)
+        return cls(spec, (cu_seqlens_q, cu_seqlens_k), block, batch, seqlen, (tiles.seqlen_k, *spec.band), rows, lse_log2,
+                   dp_start, dq_acc, turns, programs, constants)  # fmt: skip
 
     def describe_rows(self, x: torch.Tensor) -> Descriptor:
         return Descriptor(x, [self.spec.num_heads, self.rows], [self.rows, 1], [1, self.block])
@@ -154,14 +154,14 @@ def _prepare(space: Workspace, out, dout, lse, dlse) -> None:
         prepare_kernel,
         space.programs,
         out.dtype,
-        (out, dout, lse, dlse, space.lse_log2, space.dp_start, space.dq_acc, space.cu_seqlens_q, *strides(out),
-         *strides(dout), space.spec.num_heads, space.batch, space.seqlen, space.rows),
+        (out, dout, lse, dlse, space.lse_log2, space.dp_start, space.dq_acc, *space.cu_seqlens, *strides(out),
+         *strides(dout), space.spec.num_heads, space.batch, space.seqlen, *space.masked, space.rows),
         dict(**space.constants, HAS_DLSE=dlse is not None),
     )  # fmt: skip
 
 
-def _add_up(space: Workspace, tiles: Tiles, share: int, config: dict, q, k, v, dout, dk, dv) -> None:
-    """dk, dv and dq_acc."""
+def _add_up(space: Workspace, tiles: Tiles, share: int, config: dict, q, k, v, dout, dq, dk, dv) -> None:
+    """dk and dv; dq, or dq_acc."""
     block, keys, spec = space.block, config["BLOCK_N"] // 2, space.spec
     launch(
         backward_kernel,
@@ -175,12 +175,14 @@ def _add_up(space: Workspace, tiles: Tiles, share: int, config: dict, q, k, v, d
             space.describe_rows(space.lse_log2),
             space.describe_rows(space.dp_start),
             space.dq_acc,
+            dq,
             describe(dk, keys),
             describe(dv, keys),
             *tiles.arguments[:2],
             space.lse_log2 if space.turns is None else space.turns,  # a pointer there must be, read or not
             *tiles.arguments[2:],
             space.rows,
+            *strides(dq),
             spec.softmax_scale,
             spec.softmax_scale * LOG2E,
             tiles.group,
@@ -204,7 +206,7 @@ def _finish(space: Workspace, dq) -> None:
         finish_kernel,
         space.programs,
         dq.dtype,
-        (space.dq_acc, dq, space.cu_seqlens_q, *strides(dq), space.batch, space.seqlen, space.rows,
+        (space.dq_acc, dq, *space.cu_seqlens, *strides(dq), space.batch, space.seqlen, *space.masked, space.rows,
          space.spec.softmax_scale),
         space.constants,
     )  # fmt: skip
@@ -223,6 +225,7 @@ class Tiles:
         arguments: schedule, counter, num_tiles, heads, the seqlens of q and of k, batch, section, left, right.
         constants: VARLEN, HAS_LEFT, HAS_RIGHT.
         keys: of a sequence (varlen: on average) on the other side.
+        seqlen_k: as in `arguments`.
         group: query heads of one tile.
     """
 
@@ -233,11 +236,12 @@ class Tiles:
         seqlen_q, seqlen_k = (length, length_other) if queries else (length_other, length)
         has_left, has_right = 0 <= left < seqlen_k - 1, 0 <= right < seqlen_q - 1
         unequal = spec.varlen or (has_right and not (queries and has_left))
-        # forward a tile is of a query head; backward of a kv head, or of a query head if tiles differ in length
-        self.group = 1 if queries or unequal else spec.group_size
+        batch = cu_seqlens.numel() - 1 if spec.varlen else x.shape[0]
+        self.keys = length_other // max(batch, 1) if spec.varlen else length_other
+        # forward a tile is of a query head; backward of a kv head, or of a query head if tiles differ much in length
+        self.group = 1 if queries or (unequal and not (spec.varlen and self.keys <= SHORT)) else spec.group_size
         heads = spec.num_heads // self.group
         if spec.varlen:
-            batch = cu_seqlens.numel() - 1
             tiles = length // block + batch + 1  # at most: the kernel reads the number from the schedule
             schedule = torch.empty((tiles + 1, 8), dtype=torch.int32, device=x.device)
             launch(
@@ -249,13 +253,13 @@ class Tiles:
             )
             num_tiles, most = tiles * heads, heads
         else:
-            batch, schedule = x.shape[0], counter
+            schedule = counter
             num_tiles, most = batch * heads * -(-length // block), batch * heads
-        self.keys = length_other // max(batch, 1) if spec.varlen else length_other
         # of the other side: K and V forward; Q, dO and dQ backward
         bytes_of_head = length_other * spec.head_dim * (4 if queries else 8 * self.group)
         section = heads_at_once(most, bytes_of_head, unequal, spec.group_size if queries else 0)
         self.programs = min(multiprocessors(x.device), num_tiles)
+        self.seqlen_k = seqlen_k
         self.arguments = (
             schedule, counter, num_tiles, heads, seqlen_q, seqlen_k, batch, section, left, right,
         )  # fmt: skip
