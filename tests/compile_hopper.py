@@ -68,15 +68,17 @@ def compile_kernel(name: str, constants: dict, dtype: str):
     keys = constants["BLOCK_N"] // (1 if name == "forward" else 2)
     rows = constants.get("BLOCK_M", 64)
     boxes = {n: ([*outer, rows, constants["D"]], dtype) for n in ("q_desc", "do_desc", "o_desc")}
-    boxes |= {n: ([*outer, keys, constants["D"]], dtype) for n in ("k_desc", "v_desc", "dk_desc", "dv_desc")}
+    boxes |= {n: ([*outer, keys, constants["D"]], dtype) for n in ("k_desc", "v_desc")}
     boxes |= {n: ([1, rows], "fp32") for n in ("lse_desc", "dp_start_desc")}
+    pointers = dict(lse="fp32", dq_acc="fp32", schedule="i32", counter="i32", turns="i32")
+    pointers |= dict.fromkeys(("dq", "dk", "dv"), dtype)
     signature, attributes = {}, {}
     for i, arg in enumerate(kernel.arg_names):
         if arg in constants:
             signature[arg] = "constexpr"
         elif arg in boxes:
             signature[arg] = descriptor(*boxes[arg])
-        elif arg in (pointers := dict(lse="fp32", dq_acc="fp32", dq=dtype, schedule="i32", counter="i32", turns="i32")):
+        elif arg in pointers:
             signature[arg] = f"*{pointers[arg]}"
             attributes[(i,)] = ALIGNED
         else:

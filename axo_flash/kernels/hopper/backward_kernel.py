@@ -1,12 +1,17 @@
 """Backward by recomputation for Hopper, in Gluon.
 
 A tile is 128 keys of one head. Two warpgroups of 64 keys each recompute P^T and dS^T, keep both in registers as operands
-of dV and dK, and never wait for one another: what they owe dQ, they leave in shared memory. A third warpgroup, which also
-copies Q and dO in, multiplies it with K and adds the product to dQ, in fp32 in global memory, straight from its registers.
-(In FlashAttention-3 the two warpgroups compute dQ together, and so meet twice a block, and the copy engine adds it.)
+of dV and dK, and never wait for one another: what they owe dQ, they leave in shared memory. A third one multiplies it with K
+and adds the product to dQ, in fp32 in global memory, straight from its registers. (In FlashAttention-3 the two warpgroups
+compute dQ together, and so meet twice a block, and the copy engine adds it.) A fourth finds the tiles and copies.
 
-Between tiles: as soon as dQ has been computed from the last dS, the next tile's K and queries are asked for. dV leaves from
-where V was, which nobody needs then, while dK is computed, and dK from where dS was; the next V comes when dV has left.
+Between tiles: the next one's first queries are there already, its V comes when the last dP has been computed, its K when dQ
+has been. dV and dK leave straight from registers, dV while dK is computed: so neither waits for shared memory to be free,
+nor is waited for.
+
+Registers are what the form of this kernel comes from. The two warpgroups have 208 each, of which dK and dV take 128 and P and
+dP, or dS, another 48 to 64. Nothing may be kept in local memory: what loads from there waits in the queue of the reductions,
+which is always full.
 
 With grouped heads a tile is of a kv head and walks over all `group` query heads that read it, which adds up dK and dV in
 registers; or, where tiles differ in length, of a query head, of which `share` share a kv head: the tiles that run side by
@@ -21,7 +26,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -34,19 +38,50 @@ from axo_flash.kernels.hopper.tiles import (
     block_range,
     copy_in,
     copy_rows_in,
-    copy_rows_out,
     get_info,
     locate,
     next_tile,
     partition_barrier,
     put_info,
-    reinterpret,
 )
 
 DS_FULL: gl.constexpr = gl.constexpr(5)  # hardware barriers 5, 6: dS there
+V_FREE: gl.constexpr = gl.constexpr(7)  # V read for the last time in a tile
 Q_FREE: gl.constexpr = gl.constexpr(8)  # 8 ... 11: Q read, one a ring slot
 DO_FREE: gl.constexpr = gl.constexpr(12)  # 12 ... 15: dO read
+
 TILES: gl.constexpr = gl.constexpr(4)  # described at a time: one that leaves, one in work, and the next (a power of two)
+# The words that describe a tile.
+WORKING: gl.constexpr = gl.constexpr(0)  # 0 behind the last one
+COL: gl.constexpr = gl.constexpr(1)  # its first key in the sequence
+COLS: gl.constexpr = gl.constexpr(2)  # the sequence's keys
+ROWS: gl.constexpr = gl.constexpr(3)  # the sequence's queries
+HEAD: gl.constexpr = gl.constexpr(4)
+LO: gl.constexpr = gl.constexpr(5)  # the blocks of queries that it meets: tiles.block_range
+FULL_LO: gl.constexpr = gl.constexpr(6)
+FULL_HI: gl.constexpr = gl.constexpr(7)
+HI: gl.constexpr = gl.constexpr(8)
+FIRST: gl.constexpr = gl.constexpr(9)  # its first key in dk and dv, counted in rows of one head
+HEADS: gl.constexpr = gl.constexpr(10)  # of dk and dv
+PADDED: gl.constexpr = gl.constexpr(11)  # the sequence's first row in the workspaces
+BEGIN: gl.constexpr = gl.constexpr(12)  # in dq: the sequence; varlen: its first row
+
+
+@gluon.jit
+def _describe(info, slot, col, cols, rows, head, lo, full_lo, full_hi, hi, first, heads, padded, begin):
+    put_info(info, slot, WORKING, 1)
+    put_info(info, slot, COL, col)
+    put_info(info, slot, COLS, cols)
+    put_info(info, slot, ROWS, rows)
+    put_info(info, slot, HEAD, head)
+    put_info(info, slot, LO, lo)
+    put_info(info, slot, FULL_LO, full_lo)
+    put_info(info, slot, FULL_HI, full_hi)
+    put_info(info, slot, HI, hi)
+    put_info(info, slot, FIRST, first)
+    put_info(info, slot, HEADS, heads)
+    put_info(info, slot, PADDED, padded)
+    put_info(info, slot, BEGIN, begin)
 
 
 @gluon.jit
@@ -57,10 +92,31 @@ def _exp2_here(x):
 
 
 @gluon.jit
+def _rounded_here(x, dtype: gl.constexpr):
+    """x rounded to dtype, two in a register. Left to itself, the compiler keeps each in a register of its own."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], gl.bfloat16, False, 2)
+    else:
+        return gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], gl.float16, False, 2)
+
+
+@gluon.jit
+def _times(x, y):
+    """x * y rounded as x is, and like it two in a register. y: fp32."""
+    if x.dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "{ .reg .b32 a, b; shl.b32 a, $1, 16; and.b32 b, $1, 0xffff0000; mul.f32 a, a, $2; mul.f32 b, b, $3; "
+            "cvt.rn.bf16x2.f32 $0, b, a; }", "=r,r,f,f", [x, y], gl.bfloat16, False, 2)
+    else:
+        return gl.inline_asm_elementwise(
+            "{ .reg .b16 c, d; .reg .b32 a, b; mov.b32 {c, d}, $1; cvt.f32.f16 a, c; cvt.f32.f16 b, d; mul.f32 a, a, $2; "
+            "mul.f32 b, b, $3; cvt.rn.f16x2.f32 $0, b, a; }", "=r,r,f,f", [x, y], gl.float16, False, 2)
+
+
+@gluon.jit
 def _zero_here(count):
     """0, as nothing is counted that far, which the compiler cannot know: an address that is computed from it is computed
-    where it stands, and not once for all, to be kept in registers that there are not. Local memory would have to wait in the
-    queue in which the reductions are, so there must be no loads of it in the loops over blocks."""
+    where it stands, and not once for all, to be kept in registers that there are not."""
     return count >> 30
 
 
@@ -106,12 +162,144 @@ def _copy_queries(q_desc, do_desc, lse_desc, dp_start_desc, q_ring, do_ring, lse
 
 
 @gluon.jit
-def _row_of_dq(dq, sequence, head, start, row, stride_b, stride_m, stride_h, VARLEN: gl.constexpr):
-    """Where row `row` of a sequence lies in dq; strides in units of 8 elements."""
-    if VARLEN:
-        return dq + ((start + row).to(gl.int64) * stride_m + head.to(gl.int64) * stride_h) * 8
+def _copy(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, q_ring, k_tile, v_tile, do_ring, lse_ring, dp_start,
+          info, k_full, k_empty, v_full, q_full, do_full, schedule, counter, num_heads, seqlen_q, seqlen_k, batch, section,
+          left, right, num_tiles, group, share, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+          VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
+    """The copying partition: tile after tile, what it is, and its queries. V and K, for which there is room when the tile
+    before is through with its own, come behind as many queries as there is room for."""
+    slot = 0
+    copied = 0
+    tiles = 0
+    tile = gl.program_id(0)
+    while tile < num_tiles:
+        block, sequence, tile_head, start_k, cols, start, rows = locate(
+            tile, num_tiles, num_heads, seqlen_k, seqlen_q, batch, section, schedule, BLOCK_N, VARLEN, False)
+        tile = next_tile(counter, num_tiles)
+        col = block * BLOCK_N
+        lo, full_lo, full_hi, hi = block_range(col, cols, rows, right, left, BLOCK_N, BLOCK_M, HAS_RIGHT, HAS_LEFT)
+        padded = _padded(sequence, start, rows, BLOCK_M, VARLEN)
+        _describe(info, tiles & (TILES - 1), col, cols, rows, tile_head, lo, full_lo, full_hi, hi,
+                  (start_k + col if VARLEN else sequence * seqlen_k + col) * num_heads + tile_head, num_heads, padded,
+                  start if VARLEN else sequence)
+        partition_barrier()
+        head = tile_head * group
+        row_block = lo
+        count = (hi - lo) * group
+        ahead = gl.minimum(count, STAGES - 1)
+        for _ in range(ahead):
+            _copy_queries(
+                q_desc, do_desc, lse_desc, dp_start_desc, q_ring, do_ring, lse_ring, dp_start, q_full, do_full, slot, copied,
+                sequence, head, start, rows, row_block * BLOCK_M, padded, STAGES, VARLEN)
+            copied += 1
+            slot = gl.where(slot == STAGES - 1, 0, slot + 1)
+            head, row_block = _next(head, row_block, lo, hi)
+        if tiles > 0:
+            bar_sync(V_FREE, 384)
+        _copy_keys(v_desc, v_tile, v_full, sequence, tile_head // share, start_k, cols, col, VARLEN)
+        mbarrier.wait(k_empty, (tiles & 1) ^ 1)
+        _copy_keys(k_desc, k_tile, k_full, sequence, tile_head // share, start_k, cols, col, VARLEN)
+        for _ in range(count - ahead):
+            _copy_queries(
+                q_desc, do_desc, lse_desc, dp_start_desc, q_ring, do_ring, lse_ring, dp_start, q_full, do_full, slot, copied,
+                sequence, head, start, rows, row_block * BLOCK_M, padded, STAGES, VARLEN)
+            copied += 1
+            slot = gl.where(slot == STAGES - 1, 0, slot + 1)
+            head, row_block = _next(head, row_block, lo, hi)
+        tiles += 1
+    put_info(info, tiles & (TILES - 1), WORKING, 0)
+    if tiles > 0:
+        bar_sync(V_FREE, 384)
+    mbarrier.wait(k_empty, (tiles & 1) ^ 1)
+    mbarrier.arrive(k_full, count=1)
+    for _ in range(gl.minimum(copied, STAGES)):  # nobody may leave while arrivals are open
+        slot = gl.where(slot == 0, STAGES - 1, slot - 1)
+        bar_sync(Q_FREE + slot, 384)
+        bar_sync(DO_FREE + slot, 384)
+
+
+# --- from registers to global memory ---------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _pairs(x, dtype: gl.constexpr):
+    """x [rows, n] rounded to dtype, two neighbours in an int32 [rows, n // 2]."""
+    lower, upper = gl.split(x.reshape([x.shape[0], x.shape[1] // 2, 2]))
+    if dtype == gl.bfloat16:
+        instruction: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
     else:
-        return dq + (sequence.to(gl.int64) * stride_b + row.to(gl.int64) * stride_m + head.to(gl.int64) * stride_h) * 8
+        instruction: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(instruction, "=r,f,f", [lower, upper], gl.int32, True, 1)
+
+
+def _store_transposed() -> str:
+    """Of 16 rows that a warp holds as an accumulator does, 16 pairs of numbers each, so that four threads share a row: make
+    every thread's four pairs of a row neighbours, and store them at once. $0 ... $7: scratch; $8 ... $15: of a row and of the
+    8th after it in turn, pairs p, p + 4, p + 8, p + 12, p being the thread; $16: address of the first row;
+    $24: bytes from row to row; $32: rows that there are.
+
+    All this in assembly, as an address that the compiler sees would be computed once for all, and kept in local memory;
+    and by %laneid, as with %tid.x the assembler runs out of registers.
+    """
+    text = """{
+    .reg .pred odd, high, first, second;
+    .reg .b32 lane, row, value, other;
+    .reg .b64 where, below;
+    mov.u32 lane, %laneid;
+    shr.u32 row, lane, 2;
+    setp.lt.s32 first, row, $32;
+    mad.wide.s32 where, row, $24, $16;
+    add.s32 row, row, 8;
+    setp.lt.s32 second, row, $32;
+    mad.wide.s32 below, row, $24, $16;
+    and.b32 lane, lane, 3;
+    mad.wide.u32 where, lane, 16, where;
+    mad.wide.u32 below, lane, 16, below;
+    and.b32 value, lane, 1;
+    setp.ne.b32 odd, value, 0;
+    setp.gt.u32 high, lane, 1;
+    """
+    text += "".join(f"mov.b32 ${i}, ${i + 8};" for i in range(8))
+    # a transposition of 4 x 4, by exchanges with the next thread and the one after it
+    for distance, here in ((1, "odd"), (2, "high")):
+        for row in range(2):
+            for a in (0, 2) if distance == 1 else (0, 1):
+                a, b = 2 * a + row, 2 * (a + distance) + row
+                text += f"""
+                selp.b32 value, ${a}, ${b}, {here};
+                shfl.sync.bfly.b32 other, value, {distance}, 31, -1;
+                selp.b32 ${a}, other, ${a}, {here};
+                selp.b32 ${b}, ${b}, other, {here};"""
+    return text + """
+    @first st.global.v4.b32 [where], {$0, $2, $4, $6};
+    @second st.global.v4.b32 [below], {$1, $3, $5, $7};
+    }"""
+
+
+STORE_TRANSPOSED: gl.constexpr = gl.constexpr(" ".join(_store_transposed().split()))
+STORE_OPERANDS: gl.constexpr = gl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8 + ["l"] * 8 + ["r"] * 16) + ",~{memory}")
+
+
+@gluon.jit
+def _write(where, x, pitch, rows, dtype: gl.constexpr):
+    """x [64, n], rounded to dtype, to the first `rows` rows at the address `where`, `pitch` bytes apart."""
+    x = _pairs(x, dtype)
+    warp = gl.arange(0, 64, gl.SliceLayout(1, x.type.layout)) // 16 * 16
+    group = gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout)) // 16
+    where += (warp * pitch)[:, None] + (group * 64)[None, :]
+    rows, _ = gl.broadcast((rows - warp)[:, None], x)
+    gl.inline_asm_elementwise(
+        STORE_TRANSPOSED, STORE_OPERANDS, [x, where, gl.full_like(x, pitch), rows], gl.int32, False, 8)
+
+
+@gluon.jit
+def _write_keys(out, x, info, info_slot, w: gl.constexpr):
+    """x [64, head_dim] to where the tile's keys 64 w ... 64 w + 63 lie in `out`, which is contiguous. That is asked for once
+    more, as there are no registers to keep it."""
+    pitch = get_info(info, info_slot, HEADS) * (2 * x.shape[1])
+    where = out.to(gl.int64) + get_info(info, info_slot, FIRST).to(gl.int64) * (2 * x.shape[1])
+    rows = get_info(info, info_slot, COLS) - get_info(info, info_slot, COL) - 64 * w
+    _write(where + 64 * w * pitch, x, pitch, rows, out.dtype.element_ty)
 
 
 # --- dQ -------------------------------------------------------------------------------------------------------------
@@ -135,116 +323,40 @@ def _add_fragments(where, x):
 
 
 @gluon.jit
-def _write_rows(dq, x, stride_m, rows, scale):
-    """x [64, 64], scaled and rounded, to the first `rows` rows at dq."""
-    # columns as (register, lane, one of two): then the first is a constant in the address, and needs no register there
-    x = x.reshape([64, 8, 4, 2])
-    three: gl.constexpr = gl.SliceLayout(3, x.type.layout)
-    row = gl.arange(0, 64, gl.SliceLayout(1, gl.SliceLayout(2, three)))[:, None][:, :, None][:, :, :, None]
-    group = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, three)))[None, :][:, :, None][:, :, :, None]
-    lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(0, three)))[None, :][None, :, :][:, :, :, None]
-    one = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, x.type.layout))))
-    one = one[None, :][None, :, :][None, :, :, :]
-    where = (dq + (row * (stride_m * 8) + lane * 2)) + (group * 8 + one)
-    gl.store(where, (x * scale).to(dq.dtype.element_ty), mask=row < rows)
-
-
-@gluon.jit
-def _find(tile, num_tiles, info, info_slot, num_heads, seqlen_q, seqlen_k, batch, section, schedule, BLOCK_N: gl.constexpr,
-          VARLEN: gl.constexpr):
-    """Describe tile number `tile` in a slot of `info`: there it takes no registers until it is wanted."""
-    block, sequence, head, start_k, cols, start, rows = locate(
-        gl.minimum(tile, num_tiles - 1), num_tiles, num_heads, seqlen_k, seqlen_q, batch, section, schedule, BLOCK_N, VARLEN,
-        False)
-    put_info(info, info_slot, 0, (tile < num_tiles).to(gl.int32))
-    put_info(info, info_slot, 1, block * BLOCK_N)
-    put_info(info, info_slot, 2, head)
-    put_info(info, info_slot, 3, sequence)
+def _row_of_dq(begin, row, head, stride_b, stride_m, stride_h, VARLEN: gl.constexpr):
+    """Where row `row` lies in dq, in units of 8 elements as the strides are. begin: the sequence; varlen: its first row."""
+    begin = begin.to(gl.int64)
     if VARLEN:
-        put_info(info, info_slot, 4, start_k)
-        put_info(info, info_slot, 5, cols)
-        put_info(info, info_slot, 6, rows)
-        put_info(info, info_slot, 7, start)
-    partition_barrier()
+        return (begin + row) * stride_m + head.to(gl.int64) * stride_h
+    else:
+        return begin * stride_b + row.to(gl.int64) * stride_m + head.to(gl.int64) * stride_h
 
 
 @gluon.jit
-def _described(info, info_slot, seqlen_q, seqlen_k, VARLEN: gl.constexpr):
-    """The tile in a slot of `info`: first key, head, sequence; first row and length of the keys, and of the queries."""
-    start_k = 0
-    start = 0
-    cols = seqlen_k
-    rows = seqlen_q
-    if VARLEN:
-        start_k = get_info(info, info_slot, 4)
-        cols = get_info(info, info_slot, 5)
-        rows = get_info(info, info_slot, 6)
-        start = get_info(info, info_slot, 7)
-    col = get_info(info, info_slot, 1)
-    return col, get_info(info, info_slot, 2), get_info(info, info_slot, 3), start_k, cols, start, rows
-
-
-@gluon.jit
-def _begin(q_desc, k_desc, do_desc, lse_desc, dp_start_desc, q_ring, k_tile, do_ring, lse_ring, dp_start, info, info_slot,
-           k_full, q_full, do_full, slot, copied, seqlen_q, seqlen_k, left, right, group, share, BLOCK_M: gl.constexpr,
-           BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr,
-           HAS_RIGHT: gl.constexpr):
-    """Ask for what a tile needs first: K, and all but one of the slots full of queries."""
-    col, tile_head, sequence, start_k, cols, start, rows = _described(info, info_slot, seqlen_q, seqlen_k, VARLEN)
-    _copy_keys(k_desc, k_tile, k_full, sequence, tile_head // share, start_k, cols, col, VARLEN)
-    lo, _, _, hi = block_range(col, cols, rows, right, left, BLOCK_N, BLOCK_M, HAS_RIGHT, HAS_LEFT)
-    padded = _padded(sequence, start, rows, BLOCK_M, VARLEN)
-    head = tile_head * group
-    row_block = lo
-    for _ in range(gl.minimum((hi - lo) * group, STAGES - 1)):
-        _copy_queries(
-            q_desc, do_desc, lse_desc, dp_start_desc, q_ring, do_ring, lse_ring, dp_start, q_full, do_full, slot, copied,
-            sequence, head, start, rows, row_block * BLOCK_M, padded, STAGES, VARLEN)
-        copied += 1
-        slot = gl.where(slot == STAGES - 1, 0, slot + 1)
-        head, row_block = _next(head, row_block, lo, hi)
-    return slot, copied, head, row_block
-
-
-@gluon.jit
-def _copy_and_dq(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq_acc, dq, q_ring, k_tile, v_tile, do_ring,
-                 lse_ring, dp_start, ds_ring, info, k_full, v_full, v_empty, q_full, do_full, ds_empty, schedule, counter,
-                 turns, num_heads, seqlen_q, seqlen_k, batch, section, left, right, num_tiles, padded_rows, stride_b,
-                 stride_m, stride_h, scale, group, share, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-                 STAGES: gl.constexpr, VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-                 DETERMINISTIC: gl.constexpr):
-    """The copying partition, which also computes dQ, 64 columns at a time, to live in few registers."""
+def _dq(dq_acc, dq, k_tile, ds_ring, info, k_full, k_empty, ds_empty, turns, left, right, padded_rows, stride_b, stride_m,
+        stride_h, scale, group, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, VARLEN: gl.constexpr,
+        HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DETERMINISTIC: gl.constexpr):
+    """The partition that computes dQ, 64 columns at a time, to live in few registers."""
     WN: gl.constexpr = BLOCK_N // 2
     zeros = gl.zeros([BLOCK_M, 64], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-    slot = 0
-    copied = 0
     done = 0
     info_slot = 0
-    v_phase = 0
-    ahead_head = 0
-    ahead_block = 0
-    tile = gl.program_id(0)
-    _find(tile, num_tiles, info, 0, num_heads, seqlen_q, seqlen_k, batch, section, schedule, BLOCK_N, VARLEN)
-    if tile < num_tiles:
-        slot, copied, ahead_head, ahead_block = _begin(
-            q_desc, k_desc, do_desc, lse_desc, dp_start_desc, q_ring, k_tile, do_ring, lse_ring, dp_start, info, 0, k_full,
-            q_full, do_full, slot, copied, seqlen_q, seqlen_k, left, right, group, share, BLOCK_M, BLOCK_N, STAGES, VARLEN,
-            HAS_LEFT, HAS_RIGHT)
-        col, tile_head, sequence, start_k, cols, _, _ = _described(info, 0, seqlen_q, seqlen_k, VARLEN)
-        _copy_keys(v_desc, v_tile, v_full, sequence, tile_head // share, start_k, cols, col, VARLEN)
-    while tile < num_tiles:
-        # the next tile, while the first scores of this one are computed
-        tile = next_tile(counter, num_tiles)
-        next_slot = (info_slot + 1) & (TILES - 1)
-        _find(tile, num_tiles, info, next_slot, num_heads, seqlen_q, seqlen_k, batch, section, schedule, BLOCK_N, VARLEN)
-        col, tile_head, sequence, _, cols, start, rows = _described(info, info_slot, seqlen_q, seqlen_k, VARLEN)
-        info_slot = next_slot
-        block = col // BLOCK_N
-        lo, _, _, hi = block_range(col, cols, rows, right, left, BLOCK_N, BLOCK_M, HAS_RIGHT, HAS_LEFT)
+    phase = 0
+    mbarrier.wait(k_full, 0)
+    working = get_info(info, 0, WORKING)
+    while working != 0:
+        cols = get_info(info, info_slot, COLS)
+        rows = get_info(info, info_slot, ROWS)
+        lo = get_info(info, info_slot, LO)
+        hi = get_info(info, info_slot, HI)
+        padded = get_info(info, info_slot, PADDED)
+        begin = get_info(info, info_slot, BEGIN)
+        head = get_info(info, info_slot, HEAD) * group
+        block = get_info(info, info_slot, COL) // BLOCK_N
         count = (hi - lo) * group
-        padded = _padded(sequence, start, rows, BLOCK_M, VARLEN)
-        head = tile_head * group
         row_block = lo
+        if count == 0:
+            mbarrier.arrive(k_empty, count=1)
         for i in range(count):
             row = row_block * BLOCK_M
             first, _, _, end = block_range(row, rows, cols, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
@@ -262,11 +374,8 @@ def _copy_and_dq(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq_ac
                 product = warpgroup_mma_wait(0, deps=[product])
                 if part == D // 64 - 1:
                     mbarrier.arrive(ds_empty.index(side), count=1)
-                    if i == count - 1 and tile < num_tiles:  # nobody needs K any more: the next tile's, before all else
-                        slot, copied, ahead_head, ahead_block = _begin(
-                            q_desc, k_desc, do_desc, lse_desc, dp_start_desc, q_ring, k_tile, do_ring, lse_ring, dp_start,
-                            info, info_slot, k_full, q_full, do_full, slot, copied, seqlen_q, seqlen_k, left, right, group,
-                            share, BLOCK_M, BLOCK_N, STAGES, VARLEN, HAS_LEFT, HAS_RIGHT)
+                    if i == count - 1:
+                        mbarrier.arrive(k_empty, count=1)
                 if end - first > 1:
                     if DETERMINISTIC and part == 0:  # whoever comes before has added its own
                         while gl.atomic_add(turn, 0, sem="acquire") != block - first:
@@ -274,35 +383,16 @@ def _copy_and_dq(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq_ac
                     _add_fragments(
                         dq_acc + (head.to(gl.int64) * padded_rows + padded + row) * D + part * 4096, product)
                 else:
-                    _write_rows(_row_of_dq(dq, sequence, head, start, row, stride_b, stride_m, stride_h, VARLEN) + part * 64,
-                                product, stride_m, rows - row, scale)
-                if part == 0 and i + (STAGES - 1) < count:
-                    # into the slot of the block before this one, which both warpgroups have left: nothing to wait for
-                    _copy_queries(
-                        q_desc, do_desc, lse_desc, dp_start_desc, q_ring, do_ring, lse_ring, dp_start, q_full, do_full, slot,
-                        copied, sequence, ahead_head, start, rows, ahead_block * BLOCK_M, padded, STAGES, VARLEN)
-                    copied += 1
-                    slot = gl.where(slot == STAGES - 1, 0, slot + 1)
-                    ahead_head, ahead_block = _next(ahead_head, ahead_block, lo, hi)
+                    where = _row_of_dq(begin, row, head, stride_b, stride_m, stride_h, VARLEN) * 16 + part * 128
+                    _write(dq.to(gl.int64) + where, product * scale, stride_m * 16, rows - row, dq.dtype.element_ty)
             if DETERMINISTIC:
                 partition_barrier()
                 gl.atomic_add(turn, 1, sem="release")
             head, row_block = _next(head, row_block, lo, hi)
-        mbarrier.wait(v_empty, v_phase)  # dV has left from where V was
-        v_phase ^= 1
-        if tile < num_tiles:
-            if count == 0:
-                slot, copied, ahead_head, ahead_block = _begin(
-                    q_desc, k_desc, do_desc, lse_desc, dp_start_desc, q_ring, k_tile, do_ring, lse_ring, dp_start, info,
-                    info_slot, k_full, q_full, do_full, slot, copied, seqlen_q, seqlen_k, left, right, group, share, BLOCK_M,
-                    BLOCK_N, STAGES, VARLEN, HAS_LEFT, HAS_RIGHT)
-            col, tile_head, sequence, start_k, cols, _, _ = _described(info, info_slot, seqlen_q, seqlen_k, VARLEN)
-            _copy_keys(v_desc, v_tile, v_full, sequence, tile_head // share, start_k, cols, col, VARLEN)
-    mbarrier.arrive(k_full, count=1)
-    for _ in range(gl.minimum(copied, STAGES)):  # nobody may leave while arrivals are open
-        slot = gl.where(slot == 0, STAGES - 1, slot - 1)
-        bar_sync(Q_FREE + slot, 384)
-        bar_sync(DO_FREE + slot, 384)
+        info_slot = (info_slot + 1) & (TILES - 1)
+        phase ^= 1
+        mbarrier.wait(k_full, phase)
+        working = get_info(info, info_slot, WORKING)
 
 
 @gluon.jit
@@ -322,27 +412,11 @@ def _probabilities(s, lse, block, hidden, first_row, last_row, scale_log2, HAS_L
 
 
 @gluon.jit
-def _put_out(desc, stage, x, info, info_slot, seqlen_k, w: gl.constexpr, VARLEN: gl.constexpr):
-    """Send x [64, head_dim] to where the tile's keys 64 w ... 64 w + 63 lie, through shared memory. That is asked for again,
-    as there are no registers to keep it."""
-    start_k = 0
-    cols = seqlen_k
-    if VARLEN:
-        start_k = get_info(info, info_slot, 4)
-        cols = get_info(info, info_slot, 5)
-    stage.reshape([x.shape[0], x.shape[1]]).store(x)
-    fence_async_shared()
-    copy_rows_out(desc, stage, get_info(info, info_slot, 3), get_info(info, info_slot, 2), start_k, cols,
-                  get_info(info, info_slot, 1) + w * x.shape[0], VARLEN)
-
-
-@gluon.jit
 def _step(k_tile, v, q_ring, do_ring, lse_ring, dp_start, ds_ring, q_full, do_full, ds_empty, p, dk, dv, slot, phase, done,
-          next_block, next_hidden, first_row, last_row, scale_log2, dv_desc, v_tile, info, info_slot, seqlen_k,
-          w: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr, VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr,
-          LAST: gl.constexpr):
+          next_block, next_hidden, first_row, last_row, scale_log2, dv_out, info, info_slot, w: gl.constexpr,
+          STAGES: gl.constexpr, EARLY: gl.constexpr, HAS_LEFT: gl.constexpr, LAST: gl.constexpr):
     """One block of queries: dV, dP, dS and dK from its P; and P of the next block, unless it is the LAST one of the tile:
-    then dV leaves from where V was, while dK is computed.
+    then dV leaves while dK is computed.
 
     The next scores are on the tensor cores while dS is computed (EARLY, where there are the registers) or behind it; their
     exponentials run while dK is.
@@ -362,23 +436,26 @@ def _step(k_tile, v, q_ring, do_ring, lse_ring, dp_start, ds_ring, q_full, do_fu
     k = k_tile.index(w + _zero_here(done)).reshape([WN, D])
     start = dp_start.index(slot).reshape([BLOCK_M]).load(row_layout)[None, :]  # -delta: no registers for it beside dP
     start = gl.broadcast(start, zeros)[0]
+    p = _rounded_here(p, dtype)  # for dS too: there are no registers for it in both precisions
     if EARLY:
         if not LAST:
             mbarrier.wait(q_full.index(next_slot), next_phase)
         dp_token = warpgroup_mma(v, do.permute((1, 0)), start, is_async=True)
-        dv_token = warpgroup_mma(gl.convert_layout(p.to(dtype), operand), do, dv, is_async=True)
+        dv_token = warpgroup_mma(gl.convert_layout(p, operand), do, dv, is_async=True)
         if LAST:
             dp = warpgroup_mma_wait(1, deps=[dp_token])
         else:
             s_token = warpgroup_mma(k, next_q, zeros, use_acc=False, is_async=True)
             dp = warpgroup_mma_wait(2, deps=[dp_token])
     else:  # dV first: in the other order the assembler runs out of registers and serialises all products
-        dv_token = warpgroup_mma(gl.convert_layout(p.to(dtype), operand), do, dv, is_async=True)
+        dv_token = warpgroup_mma(gl.convert_layout(p, operand), do, dv, is_async=True)
         dp_token = warpgroup_mma(v, do.permute((1, 0)), start, is_async=True)
         dv = warpgroup_mma_wait(1, deps=[dv_token])
         dp = warpgroup_mma_wait(0, deps=[dp_token])
         bar_arrive(DO_FREE + slot, 384)
-    ds = (p * dp).to(dtype)
+    if LAST:
+        bar_arrive(V_FREE, 384)
+    ds = _times(p, dp)
     side = done & 1
     mbarrier.wait(ds_empty.index(side), (done >> 1 & 1) ^ 1)
     ds_ring.index(2 * w + side).store(ds)
@@ -399,24 +476,22 @@ def _step(k_tile, v, q_ring, do_ring, lse_ring, dp_start, ds_ring, q_full, do_fu
         # exponentials, and left to itself it moves them behind the wait for dK
         mbarrier.wait(do_full.index(next_slot), next_phase)
     else:
-        _put_out(dv_desc, v_tile.index(w), dv.to(dtype), info, info_slot, seqlen_k, w, VARLEN)
+        _write_keys(dv_out, dv, info, info_slot, w)
     dk = warpgroup_mma_wait(0, deps=[dk_token])
     bar_arrive(Q_FREE + slot, 384)
     return p, dk, dv, next_slot, next_phase
 
 
 @gluon.jit
-def _compute(w: gl.constexpr, dk_desc, dv_desc, q_ring, k_tile, v_tile, do_ring, lse_ring, dp_start, ds_ring, info, k_full,
-             v_full, v_empty, q_full, do_full, ds_empty, scale, scale_log2, seqlen_q, seqlen_k, left, right,
-             group, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-             EARLY: gl.constexpr, VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
+def _compute(w: gl.constexpr, dk_out, dv_out, q_ring, k_tile, v_tile, do_ring, lse_ring, dp_start, ds_ring, info, k_full,
+             v_full, q_full, do_full, ds_empty, scale, scale_log2, left, right, group, D: gl.constexpr,
+             BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
+             HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
     """Warpgroup w: dK and dV of the keys 64 w ... 64 w + 63 of every tile."""
     WN: gl.constexpr = BLOCK_N // 2
-    dtype: gl.constexpr = q_ring.dtype
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     local_cols = gl.arange(0, WN, gl.SliceLayout(1, score_layout)) + w * WN
-    k = k_tile.index(w).reshape([WN, D])
     v = v_tile.index(w).reshape([WN, D])
     slot = 0
     phase = 0
@@ -424,18 +499,15 @@ def _compute(w: gl.constexpr, dk_desc, dv_desc, q_ring, k_tile, v_tile, do_ring,
     kv_phase = 0
     done = 0
     mbarrier.wait(k_full, 0)
-    working = get_info(info, 0, 0)
+    working = get_info(info, 0, WORKING)
     while working != 0:
-        # dK of the tile before has left from where dS will be. (Here, and not later: the barrier that this brings decides
-        # where in the loop below the compiler puts the one of each block, which must not be among the exponentials.)
-        tma.store_wait(0)
-        col = get_info(info, info_slot, 1)
-        cols = seqlen_k
-        rows = seqlen_q
-        if VARLEN:
-            cols = get_info(info, info_slot, 5)
-            rows = get_info(info, info_slot, 6)
-        lo, full_lo, full_hi, hi = block_range(col, cols, rows, right, left, BLOCK_N, BLOCK_M, HAS_RIGHT, HAS_LEFT)
+        col = get_info(info, info_slot, COL)
+        cols = get_info(info, info_slot, COLS)
+        rows = get_info(info, info_slot, ROWS)
+        lo = get_info(info, info_slot, LO)
+        full_lo = get_info(info, info_slot, FULL_LO)
+        full_hi = get_info(info, info_slot, FULL_HI)
+        hi = get_info(info, info_slot, HI)
         # the rows that see a key: from first_row to last_row
         position = local_cols + (col - (cols - rows))
         if HAS_RIGHT:
@@ -453,6 +525,7 @@ def _compute(w: gl.constexpr, dk_desc, dv_desc, q_ring, k_tile, v_tile, do_ring,
             mbarrier.wait(q_full.index(slot), phase)
             q = q_ring.index(slot).reshape([BLOCK_M, D]).permute((1, 0))
             zeros = gl.zeros([WN, BLOCK_M], gl.float32, score_layout)
+            k = k_tile.index(w + _zero_here(done)).reshape([WN, D])
             s_token = warpgroup_mma(k, q, zeros, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s_token])
             lse = lse_ring.index(slot).reshape([BLOCK_M]).load(gl.SliceLayout(0, score_layout))
@@ -465,43 +538,36 @@ def _compute(w: gl.constexpr, dk_desc, dv_desc, q_ring, k_tile, v_tile, do_ring,
                 block = gl.where(block == hi - 1, lo, block + 1)
                 p, dk, dv, slot, phase = _step(
                     k_tile, v, q_ring, do_ring, lse_ring, dp_start, ds_ring, q_full, do_full, ds_empty, p, dk, dv, slot,
-                    phase, done, block, (block < full_lo) | (block >= full_hi), first_row, last_row, scale_log2, dv_desc,
-                    v_tile, info, info_slot, seqlen_k, w, STAGES, EARLY, VARLEN, HAS_LEFT, False)
+                    phase, done, block, (block < full_lo) | (block >= full_hi), first_row, last_row, scale_log2, dv_out,
+                    info, info_slot, w, STAGES, EARLY, HAS_LEFT, False)
                 done += 1
             p, dk, dv, slot, phase = _step(
                 k_tile, v, q_ring, do_ring, lse_ring, dp_start, ds_ring, q_full, do_full, ds_empty, p, dk, dv, slot, phase,
-                done, block, False, first_row, last_row, scale_log2, dv_desc, v_tile, info, info_slot, seqlen_k, w, STAGES,
-                EARLY, VARLEN, HAS_LEFT, True)
+                done, block, False, first_row, last_row, scale_log2, dv_out, info, info_slot, w, STAGES, EARLY, HAS_LEFT,
+                True)
             done += 1
         else:  # nobody sees these keys
             mbarrier.wait(v_full, kv_phase)
-            _put_out(dv_desc, v_tile.index(w), dv.to(dtype), info, info_slot, seqlen_k, w, VARLEN)
-        tma.store_wait(0)
-        mbarrier.arrive(v_empty, count=1)
-        # dK leaves from where dS was, when dQ has been computed from it
-        if done > 0:
-            mbarrier.wait(ds_empty.index((done - 1) & 1), (done - 1) >> 1 & 1)
-        stages: gl.constexpr = 4 * BLOCK_M // D
-        stage = reinterpret(ds_ring, dtype, [stages] + dk_desc.block_type.shape, dk_desc.layout).index(w * (stages // 2))
-        _put_out(dk_desc, stage, (dk * scale).to(dtype), info, info_slot, seqlen_k, w, VARLEN)
+            bar_arrive(V_FREE, 384)
+            _write_keys(dv_out, dv, info, info_slot, w)
+        _write_keys(dk_out, dk * scale, info, info_slot, w)
         info_slot = (info_slot + 1) & (TILES - 1)
         kv_phase ^= 1
         mbarrier.wait(k_full, kv_phase)
-        working = get_info(info, info_slot, 0)
-    tma.store_wait(0)
+        working = get_info(info, info_slot, WORKING)
 
 
 @gluon.jit(do_not_specialize=[
     "num_tiles", "num_heads", "seqlen_q", "seqlen_k", "batch", "section", "left", "right", "padded_rows", "stride_b",
     "stride_m", "stride_h", "group", "share"])
-def backward_kernel(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq_acc, dq, dk_desc, dv_desc, schedule,
+def backward_kernel(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq_acc, dq, dk, dv, schedule,
                     counter, turns, num_tiles, num_heads, seqlen_q, seqlen_k, batch, section, left, right, padded_rows,
                     stride_b, stride_m, stride_h, scale, scale_log2, group, share, D: gl.constexpr,
                     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
                     VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DETERMINISTIC: gl.constexpr,
-                    REGS: gl.constexpr):
-    """grid: (multiprocessors,). Varlen: schedule's first word is the number of its tiles. Strides, of dq, are in units of 8
-    elements."""
+                    REGS: gl.constexpr, DQ_REGS: gl.constexpr):
+    """grid: (multiprocessors,). Varlen: schedule's first word is the number of its tiles. dk and dv are contiguous, with
+    num_heads heads, as many as tiles have; the strides are dq's, in units of 8 elements."""
     dtype: gl.constexpr = q_desc.dtype
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N // 2, BLOCK_M], dtype)
     q_ring = gl.allocate_shared_memory(dtype, [STAGES] + q_desc.block_type.shape, q_desc.layout)
@@ -514,13 +580,13 @@ def backward_kernel(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq
     info = gl.allocate_shared_memory(gl.int32, [TILES * INFO, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(k_full, count=1)
     mbarrier.init(v_full, count=1)
-    mbarrier.init(v_empty, count=2)
+    mbarrier.init(k_empty, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(do_full.index(i), count=1)
@@ -531,15 +597,16 @@ def backward_kernel(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq
         schedule += 8
     # the tuples must stand here: given a name, their constants would become tensors
     gl.warp_specialize([
-        (_copy_and_dq, (q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq_acc, dq, q_ring, k_tile, v_tile,
-                        do_ring, lse_ring, dp_start, ds_ring, info, k_full, v_full, v_empty, q_full, do_full, ds_empty,
-                        schedule, counter, turns, num_heads, seqlen_q, seqlen_k, batch, section, left, right, num_tiles,
-                        padded_rows, stride_b, stride_m, stride_h, scale, group, share, D, BLOCK_M, BLOCK_N, STAGES, VARLEN,
-                        HAS_LEFT, HAS_RIGHT, DETERMINISTIC)),
-        (_compute, (0, dk_desc, dv_desc, q_ring, k_tile, v_tile, do_ring, lse_ring, dp_start, ds_ring, info, k_full, v_full,
-                    v_empty, q_full, do_full, ds_empty, scale, scale_log2, seqlen_q, seqlen_k, left, right, group, D,
-                    BLOCK_M, BLOCK_N, STAGES, EARLY, VARLEN, HAS_LEFT, HAS_RIGHT)),
-        (_compute, (1, dk_desc, dv_desc, q_ring, k_tile, v_tile, do_ring, lse_ring, dp_start, ds_ring, info, k_full, v_full,
-                    v_empty, q_full, do_full, ds_empty, scale, scale_log2, seqlen_q, seqlen_k, left, right, group, D,
-                    BLOCK_M, BLOCK_N, STAGES, EARLY, VARLEN, HAS_LEFT, HAS_RIGHT)),
-    ], [4, 4], [REGS, REGS])
+        (_copy, (q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, q_ring, k_tile, v_tile, do_ring, lse_ring,
+                 dp_start, info, k_full, k_empty, v_full, q_full, do_full, schedule, counter, num_heads, seqlen_q, seqlen_k,
+                 batch, section, left, right, num_tiles, group, share, BLOCK_M, BLOCK_N, STAGES, VARLEN, HAS_LEFT,
+                 HAS_RIGHT)),
+        (_dq, (dq_acc, dq, k_tile, ds_ring, info, k_full, k_empty, ds_empty, turns, left, right, padded_rows, stride_b,
+               stride_m, stride_h, scale, group, D, BLOCK_M, BLOCK_N, VARLEN, HAS_LEFT, HAS_RIGHT, DETERMINISTIC)),
+        (_compute, (0, dk, dv, q_ring, k_tile, v_tile, do_ring, lse_ring, dp_start, ds_ring, info, k_full, v_full, q_full,
+                    do_full, ds_empty, scale, scale_log2, left, right, group, D, BLOCK_M, BLOCK_N, STAGES, EARLY, HAS_LEFT,
+                    HAS_RIGHT)),
+        (_compute, (1, dk, dv, q_ring, k_tile, v_tile, do_ring, lse_ring, dp_start, ds_ring, info, k_full, v_full, q_full,
+                    do_full, ds_empty, scale, scale_log2, left, right, group, D, BLOCK_M, BLOCK_N, STAGES, EARLY, HAS_LEFT,
+                    HAS_RIGHT)),
+    ], [4, 4, 4], [DQ_REGS, REGS, REGS])

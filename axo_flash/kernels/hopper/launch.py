@@ -25,8 +25,8 @@ FORWARD = {
 # ptxas 12.9, which triton 3.8 brings, serialises all products (C7514) where dS is computed beside the next scores.
 EARLY = not triton.__version__.startswith("3.8.")
 BACKWARD = {
-    64: dict(BLOCK_M=64, BLOCK_N=128, STAGES=4, EARLY=EARLY, REGS=216),
-    128: dict(BLOCK_M=64, BLOCK_N=128, STAGES=4, EARLY=False, REGS=216),
+    64: dict(BLOCK_M=64, BLOCK_N=128, STAGES=4, EARLY=EARLY, REGS=208, DQ_REGS=72),
+    128: dict(BLOCK_M=64, BLOCK_N=128, STAGES=4, EARLY=False, REGS=208, DQ_REGS=72),
 }
 # What the heads that are worked on together may take of the cache; more where tiles differ in length, as with more heads at
 # once these balance better.
@@ -176,8 +176,8 @@ def _add_up(space: Workspace, tiles: Tiles, share: int, config: dict, q, k, v, d
             space.describe_rows(space.dp_start),
             space.dq_acc,
             dq,
-            describe(dk, keys),
-            describe(dv, keys),
+            dk,
+            dv,
             *tiles.arguments[:2],
             space.lse_log2 if space.turns is None else space.turns,  # a pointer there must be, read or not
             *tiles.arguments[2:],
@@ -197,6 +197,7 @@ def _add_up(space: Workspace, tiles: Tiles, share: int, config: dict, q, k, v, d
             **tiles.constants,
             DETERMINISTIC=spec.deterministic,
             REGS=config["REGS"],
+            DQ_REGS=config["DQ_REGS"],
         ),
     )
 

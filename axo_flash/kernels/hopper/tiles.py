@@ -18,7 +18,7 @@ copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 partition_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
-INFO: gl.constexpr = gl.constexpr(8)  # words that describe a tile
+INFO: gl.constexpr = gl.constexpr(16)  # words that describe a tile
 RAGGED_ROWS: gl.constexpr = gl.constexpr(0x40000000)
 
 
