@@ -25,6 +25,9 @@ QUEUE_CYCLES = (
 )
 
 
+CASES_A_LINE = 17  # of the plot
+
+
 @dataclass(frozen=True)
 class BenchCase:
     """A bf16 attention call to time: `batch` rows of `seqlen` tokens; or, with `documents`, their lengths in one row."""
@@ -322,22 +325,31 @@ def plot(results: list[Result], path: Path) -> None:
     cases = _by_case(results)
     panels = list(dict.fromkeys(map(_panel, cases)))
     names = list(dict.fromkeys(r.backend for r in results))
-    widths = [max(3, sum(_panel(key) == panel for key in cases)) for panel in panels]
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(sum(widths), 3.6), sharey=True, squeeze=False, width_ratios=widths
-    )
-    for axis, panel in zip(axes[0], panels, strict=True):
-        shown = [key for key in cases if _panel(key) == panel]
-        for i, name in enumerate(names):
-            heights = [_tflops(cases[key].get(name)) for key in shown]
-            axis.bar([x + i * 0.8 / len(names) for x in range(len(shown))], heights, 0.8 / len(names), label=name)
-        axis.set_xticks([x + 0.4 for x in range(len(shown))], [_label(key) for key in shown], fontsize=8)
-        axis.set_title(panel, fontsize=10)
-    axes[0][0].set_ylabel("forward + backward, TFLOP/s")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=len(names), fontsize=9, frameon=False)
+    widths = {panel: max(3, sum(_panel(key) == panel for key in cases)) for panel in panels}
+    lines = [[]]  # of panels
+    for panel in panels:
+        if lines[-1] and sum(widths[p] for p in lines[-1]) + widths[panel] > CASES_A_LINE:
+            lines.append([])
+        lines[-1].append(panel)
+    width = max(sum(widths[p] for p in line) for line in lines)
+    figure = pyplot.figure(figsize=(max(0.8 * width, 6), 3.2 * len(lines) + 0.6), layout="constrained")
+    subfigures = figure.subfigures(len(lines), 1, squeeze=False)[:, 0]
+    top = max(_tflops(rows) for by_backend in cases.values() for rows in by_backend.values())
+    for line, subfigure in zip(lines, subfigures, strict=True):
+        axes = subfigure.subplots(1, len(line), squeeze=False, width_ratios=[widths[p] for p in line])[0]
+        for axis, panel in zip(axes, line, strict=True):
+            shown = [key for key in cases if _panel(key) == panel]
+            for i, name in enumerate(names):
+                heights = [_tflops(cases[key].get(name)) for key in shown]
+                axis.bar([x + i * 0.8 / len(names) for x in range(len(shown))], heights, 0.8 / len(names), label=name)
+            middle = 0.4 - 0.4 / len(names)
+            axis.set_xticks([x + middle for x in range(len(shown))], [_label(key) for key in shown], fontsize=8)
+            axis.set_ylim(0, 1.05 * top)
+            axis.set_title(panel, fontsize=10)
+        axes[0].set_ylabel("forward + backward, TFLOP/s", fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), fontsize=9, frameon=False)
     figure.suptitle(f"{results[0].gpu}, bf16, torch {results[0].torch}, triton {results[0].triton}", fontsize=10)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
