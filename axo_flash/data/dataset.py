@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import datasets
 
     from axo_flash.config import Config
-    from axo_flash.data.streaming import StreamRows
 
 __all__ = ["DataError", "DataReport", "DroppedRows", "PreparedData", "RowDataset", "prepare_data"]
 
@@ -78,6 +77,13 @@ class DataReport:
     waited_seconds: float = 0.0
 
 
+class Rows(Protocol):
+    """What is trained on: a data set of torch's, by number (RowDataset) or as a stream (streaming.StreamRows)."""
+
+    def examples(self) -> RowDataset:
+        """Rows to look at."""
+
+
 @dataclasses.dataclass
 class RowDataset:
     """Map-style rows, each of one document or, packed, of several.
@@ -117,7 +123,7 @@ class PreparedData:
     `resources` are given back: those of a stream.
     """
 
-    train: RowDataset | StreamRows
+    train: Rows
     eval: RowDataset | None
     collator: PackedCollator | PaddedCollator
     eval_collator: PackedCollator | PaddedCollator
