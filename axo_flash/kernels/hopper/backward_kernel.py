@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from axo_flash.kernels.hopper.fragments import add_fragments, write
 from axo_flash.kernels.hopper.tiles import (
     INFO,
     advance,
@@ -218,80 +219,6 @@ def _copy(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, q_ring, k_ti
         bar_sync(DO_FREE + slot, 384)
 
 
-# --- from registers to global memory ---------------------------------------------------------------------------------
-
-
-@gluon.jit
-def _pairs(x, dtype: gl.constexpr):
-    """x [rows, n] rounded to dtype, two neighbours in an int32 [rows, n // 2]."""
-    lower, upper = gl.split(x.reshape([x.shape[0], x.shape[1] // 2, 2]))
-    if dtype == gl.bfloat16:
-        instruction: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
-    else:
-        instruction: gl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
-    return gl.inline_asm_elementwise(instruction, "=r,f,f", [lower, upper], gl.int32, True, 1)
-
-
-def _store_transposed() -> str:
-    """Of 16 rows that a warp holds as an accumulator does, 16 pairs of numbers each, so that four threads share a row: make
-    every thread's four pairs of a row neighbours, and store them at once. $0 ... $7: scratch; $8 ... $15: of a row and of the
-    8th after it in turn, pairs p, p + 4, p + 8, p + 12, p being the thread; $16: address of the first row;
-    $24: bytes from row to row; $32: rows that there are.
-
-    All this in assembly, as an address that the compiler sees would be computed once for all, and kept in local memory;
-    and by %laneid, as with %tid.x the assembler runs out of registers.
-    """
-    text = """{
-    .reg .pred odd, high, first, second;
-    .reg .b32 lane, row, value, other;
-    .reg .b64 where, below;
-    mov.u32 lane, %laneid;
-    shr.u32 row, lane, 2;
-    setp.lt.s32 first, row, $32;
-    mad.wide.s32 where, row, $24, $16;
-    add.s32 row, row, 8;
-    setp.lt.s32 second, row, $32;
-    mad.wide.s32 below, row, $24, $16;
-    and.b32 lane, lane, 3;
-    mad.wide.u32 where, lane, 16, where;
-    mad.wide.u32 below, lane, 16, below;
-    and.b32 value, lane, 1;
-    setp.ne.b32 odd, value, 0;
-    setp.gt.u32 high, lane, 1;
-    """
-    text += "".join(f"mov.b32 ${i}, ${i + 8};" for i in range(8))
-    # a transposition of 4 x 4, by exchanges with the next thread and the one after it
-    for distance, here in ((1, "odd"), (2, "high")):
-        for row in range(2):
-            for a in (0, 2) if distance == 1 else (0, 1):
-                a, b = 2 * a + row, 2 * (a + distance) + row
-                text += f"""
-                selp.b32 value, ${a}, ${b}, {here};
-                shfl.sync.bfly.b32 other, value, {distance}, 31, -1;
-                selp.b32 ${a}, other, ${a}, {here};
-                selp.b32 ${b}, ${b}, other, {here};"""
-    return text + """
-    @first st.global.v4.b32 [where], {$0, $2, $4, $6};
-    @second st.global.v4.b32 [below], {$1, $3, $5, $7};
-    }"""
-
-
-STORE_TRANSPOSED: gl.constexpr = gl.constexpr(" ".join(_store_transposed().split()))
-STORE_OPERANDS: gl.constexpr = gl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8 + ["l"] * 8 + ["r"] * 16) + ",~{memory}")
-
-
-@gluon.jit
-def _write(where, x, pitch, rows, dtype: gl.constexpr):
-    """x [64, n], rounded to dtype, to the first `rows` rows at the address `where`, `pitch` bytes apart."""
-    x = _pairs(x, dtype)
-    warp = gl.arange(0, 64, gl.SliceLayout(1, x.type.layout)) // 16 * 16
-    group = gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout)) // 16
-    where += (warp * pitch)[:, None] + (group * 64)[None, :]
-    rows, _ = gl.broadcast((rows - warp)[:, None], x)
-    gl.inline_asm_elementwise(
-        STORE_TRANSPOSED, STORE_OPERANDS, [x, where, gl.full_like(x, pitch), rows], gl.int32, False, 8)
-
-
 @gluon.jit
 def _write_keys(out, x, info, info_slot, w: gl.constexpr):
     """x [64, head_dim] to where the tile's keys 64 w ... 64 w + 63 lie in `out`, which is contiguous. That is asked for once
@@ -299,27 +226,7 @@ def _write_keys(out, x, info, info_slot, w: gl.constexpr):
     pitch = get_info(info, info_slot, HEADS) * (2 * x.shape[1])
     where = out.to(gl.int64) + get_info(info, info_slot, FIRST).to(gl.int64) * (2 * x.shape[1])
     rows = get_info(info, info_slot, COLS) - get_info(info, info_slot, COL) - 64 * w
-    _write(where + 64 * w * pitch, x, pitch, rows, out.dtype.element_ty)
-
-
-# --- dQ -------------------------------------------------------------------------------------------------------------
-# Where several tiles owe something to the same block of rows, they add it up in fp32 in global memory, and finish_kernel
-# rounds the sums; where only one does, as at the beginning of every causal document, it writes dQ itself.
-
-
-@gluon.jit
-def _add_fragments(where, x):
-    """Add x [64, 64] to 4096 floats in global memory, which lie there as its layout holds them: of every thread 16 bytes,
-    beside the next thread's. As wide as what the copy engine adds, and without the detour through shared memory, whose
-    bandwidth is what this kernel is shortest of. workspace.finish_kernel puts them in order."""
-    x = x.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([1024, 4])
-    row = gl.arange(0, 1024, gl.SliceLayout(1, x.type.layout))[:, None]
-    col = gl.arange(0, 4, gl.SliceLayout(0, x.type.layout))[None, :]
-    where += row * 4 + col
-    # not gl.atomic_add: behind a branch the assembler does not see that nobody wants to know what was there before
-    gl.inline_asm_elementwise(
-        "red.relaxed.gpu.global.add.v4.f32 [$4], {$8, $9, $10, $11}; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; "
-        "mov.b32 $3, 0;", "=r,=r,=r,=r,l,l,l,l,f,f,f,f,~{memory}", [where.to(gl.int64), x], gl.int32, False, 4)
+    write(where + 64 * w * pitch, x, pitch, rows, out.dtype.element_ty)
 
 
 @gluon.jit
@@ -336,7 +243,9 @@ def _row_of_dq(begin, row, head, stride_b, stride_m, stride_h, VARLEN: gl.conste
 def _dq(dq_acc, dq, k_tile, ds_ring, info, k_full, k_empty, ds_empty, turns, left, right, padded_rows, stride_b, stride_m,
         stride_h, scale, group, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, VARLEN: gl.constexpr,
         HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DETERMINISTIC: gl.constexpr):
-    """The partition that computes dQ, 64 columns at a time, to live in few registers."""
+    """The partition that computes dQ, 64 columns at a time, to live in few registers. Where several tiles owe something to
+    the same block of rows, they add it up in fp32 in global memory, and workspace.finish_kernel rounds the sums; where only
+    one does, as at the beginning of every causal document, it writes dQ itself."""
     WN: gl.constexpr = BLOCK_N // 2
     zeros = gl.zeros([BLOCK_M, 64], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
     done = 0
@@ -380,11 +289,11 @@ def _dq(dq_acc, dq, k_tile, ds_ring, info, k_full, k_empty, ds_empty, turns, lef
                     if DETERMINISTIC and part == 0:  # whoever comes before has added its own
                         while gl.atomic_add(turn, 0, sem="acquire") != block - first:
                             pass
-                    _add_fragments(
+                    add_fragments(
                         dq_acc + (head.to(gl.int64) * padded_rows + padded + row) * D + part * 4096, product)
                 else:
                     where = _row_of_dq(begin, row, head, stride_b, stride_m, stride_h, VARLEN) * 16 + part * 128
-                    _write(dq.to(gl.int64) + where, product * scale, stride_m * 16, rows - row, dq.dtype.element_ty)
+                    write(dq.to(gl.int64) + where, product * scale, stride_m * 16, rows - row, dq.dtype.element_ty)
             if DETERMINISTIC:
                 partition_barrier()
                 gl.atomic_add(turn, 1, sem="release")

@@ -97,7 +97,7 @@ def prepare_kernel(out, dout, lse, dlse, lse_log2, dp_start, dq_acc, cu_seqlens,
 
 @triton.jit
 def _in_order(x, HEAD_DIM: tl.constexpr):
-    """[64, HEAD_DIM] from 64 * HEAD_DIM numbers as backward_kernel._add_fragments leaves them: of 64 columns after another,
+    """[64, HEAD_DIM] from 64 * HEAD_DIM numbers as fragments.add_fragments leaves them: of 64 columns after another,
     (8 columns, warp, row of 8, pair of columns, upper or lower 8 rows, one of the pair)."""
     x = tl.reshape(x, [HEAD_DIM // 64, 8, 4, 8, 4, 2, 2])
     return tl.reshape(tl.permute(x, (2, 5, 3, 0, 1, 4, 6)), [64, HEAD_DIM])
