@@ -4,11 +4,12 @@ On a CPU they run in Triton's interpreter, as Gluon cannot.
 """
 
 import math
+import re
 
 import pytest
 import torch
 
-from axo_flash.kernels.hopper import launch
+from axo_flash.kernels.hopper import fragments, launch
 from axo_flash.kernels.hopper.schedule import schedule_kernel
 from axo_flash.kernels.hopper.workspace import finish_kernel, prepare_kernel
 
@@ -156,3 +157,54 @@ def test_workspace_before_and_after(varlen, left, right):
 def test_heads_at_once(seqlen, heads, unequal, forward_group, expected):
     bytes_of_head = seqlen * 128 * (4 if forward_group else 8)
     assert launch.heads_at_once(heads, bytes_of_head, unequal, forward_group) == expected
+
+
+def run_warp(text, operands):
+    """32 threads of a warp through the few PTX instructions of `text`; operands: lists of 32 by number, which are written to.
+
+    Returns what was stored: {address: value}, in units of 4 bytes.
+    """
+    memory, registers = {}, {f"${i}": list(values) for i, values in operands.items()}
+    registers["%laneid"] = list(range(32))
+    for line in filter(str.strip, text.strip("{} ").split(";")):
+        condition, name, rest = re.fullmatch(r"\s*(?:@(\w+) )?([\w.]+)\s*(.*?)\s*", line, re.DOTALL).groups()
+        if name == ".reg":
+            continue
+        if name == "st.global.v4.b32":
+            address, *values = re.findall(r"[\w$]+", rest)
+            for lane in range(32):
+                if registers[condition][lane]:
+                    for i, value in enumerate(values):
+                        place = registers[address][lane] // 4 + i
+                        assert registers[address][lane] % 16 == 0 and place not in memory
+                        memory[place] = registers[value][lane]
+            continue
+        target, *sources = [word.strip() for word in rest.split(",")]
+        columns = [registers[s] if s in registers else [int(s)] * 32 for s in sources]
+        if name.startswith("shfl.sync.bfly"):
+            registers[target] = [columns[0][lane ^ columns[1][lane]] for lane in range(32)]
+            continue
+        operation = {
+            "mov": lambda a: a, "shr": lambda a, b: a >> b, "and": lambda a, b: a & b, "add": lambda a, b: a + b,
+            "mad": lambda a, b, c: a * b + c, "selp": lambda a, b, p: a if p else b, "setp.lt": lambda a, b: a < b,
+            "setp.ne": lambda a, b: a != b, "setp.gt": lambda a, b: a > b,
+        }[re.match(r"setp\.\w+|\w+", name)[0]]  # fmt: skip
+        registers[target] = [operation(*row) for row in zip(*columns, strict=True)]
+    return memory
+
+
+@pytest.mark.parametrize("rows", [16, 11, 8, 5, 0])
+def test_rows_leave_registers_in_order(rows):
+    """The assembly that four threads exchange and store a row by: 16 rows of a warp, as an accumulator holds them."""
+    pitch, start = 1024, 4096
+    scratch = {i: [None] * 32 for i in range(8)}
+    # of thread t, rows t // 4 and 8 behind it, pairs t % 4, 4 on, 8 on and 12 on
+    held = {
+        8 + 2 * i + lower: [(t // 4 + 8 * lower, t % 4 + 4 * i) for t in range(32)]
+        for i in range(4)
+        for lower in (0, 1)
+    }
+    memory = run_warp(
+        fragments.STORE_TRANSPOSED.value, scratch | held | {16: [start] * 32, 24: [pitch] * 32, 32: [rows] * 32}
+    )
+    assert memory == {(start + row * pitch) // 4 + pair: (row, pair) for row in range(rows) for pair in range(16)}
