@@ -139,9 +139,8 @@ def _uniform_accesses(instruction: Instruction) -> tuple[set[int], set[int]]:
         a_in_registers = re.match(r"R\d+(\.reuse)?, R\d+(\.reuse)?, gdesc", operands)
         reads |= set(range(first + (2 if a_in_registers else 0), first + 4))
         operands = operands.replace(descriptors[0], "")
-    destination, _, sources = re.sub(r"^!?U?P\w+, ", "", operands).partition(
-        ","
-    )  # a predicate may be written beside it
+    operands = re.sub(r"^!?U?P\w+, ", "", operands)  # a predicate that is written beside it
+    destination, _, sources = operands.partition(",")
     wide = 2 if re.search(r"\.(64|WIDE)\b", instruction.opcode) else 1
     target = re.fullmatch(r"UR(\d+)", destination.strip())
     if target and (instruction.name.startswith("U") or instruction.name in WRITES_UNIFORM):

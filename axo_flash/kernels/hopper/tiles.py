@@ -15,7 +15,6 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 # triton 3.8 gave the copies and the reduction these names; from 3.9 on the old ones raise
 copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 partition_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 INFO: gl.constexpr = gl.constexpr(16)  # words that describe a tile
