@@ -1,9 +1,11 @@
 """Axolotl's own llama-2 and mistral examples, out of its source distributions: taken as they are, meaning the same, or
 refused by the names of the keys that we do not do.
 
-Those of 0.6.0, of December 2024, are the oldest that PyPI has.
+Those of 0.6.0, of December 2024, are the oldest that PyPI has. Whatever else a configuration of that year says is covered by
+the keys that 0.6.0 knows.
 """
 
+import ast
 import tarfile
 from pathlib import Path
 
@@ -92,6 +94,35 @@ def _texts(path: Path) -> dict[str, str]:
 @pytest.mark.parametrize("version", EXAMPLES)
 def test_none_is_left_out(version, examples):
     assert sorted(examples[version]) == sorted(EXAMPLES[version])
+
+
+def test_every_key_of_2024_is_known(tmp_path):
+    """Each key of 0.6.0's configuration, alone beside a plain run, is taken or refused for what it is."""
+    with tarfile.open(ARCHIVES["0.6.0"]) as archive:
+        source = archive.extractfile("axolotl-0.6.0/src/axolotl/utils/config/models/input/v0_4_1/__init__.py").read()
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+
+    def keys_of(name):
+        if name not in classes:
+            return set()
+        own = {node.target.id for node in classes[name].body if isinstance(node, ast.AnnAssign)}
+        return own.union(*(keys_of(base.id) for base in classes[name].bases if isinstance(base, ast.Name)))
+
+    keys = keys_of("AxolotlInputConfig")
+    assert {"deepspeed", "gptq", "lisa_n_layers", "relora_steps", "peft", "rl", "s2_attention"} < keys
+    plain = dict(
+        base_model="NousResearch/Llama-2-7b-hf", datasets=[dict(path="tatsu-lab/alpaca", type="alpaca")],
+        micro_batch_size=1, gradient_accumulation_steps=1, num_epochs=1, learning_rate=1e-4, output_dir="out",
+    )  # fmt: skip
+    path = tmp_path / "run.yml"
+    unknown = []
+    for key in sorted(keys):
+        path.write_text(yaml.safe_dump({key: True} | plain), encoding="utf-8")
+        try:
+            load_config(path)
+        except ConfigError as error:
+            unknown += [line for line in error.errors if "unknown key" in line]
+    assert not unknown
 
 
 @pytest.mark.parametrize("version, name", REFUSED)
