@@ -5,11 +5,12 @@ On a CPU they run in Triton's interpreter, as Gluon cannot.
 
 import math
 import re
+import types
 
 import pytest
 import torch
 
-from axo_flash.kernels.hopper import fragments, launch
+from axo_flash.kernels.hopper import fragments, launch, tiles
 from axo_flash.kernels.hopper.schedule import schedule_kernel
 from axo_flash.kernels.hopper.workspace import finish_kernel, prepare_kernel
 
@@ -138,25 +139,49 @@ def test_workspace_before_and_after(varlen, left, right):
 
 
 @pytest.mark.parametrize(
-    ("seqlen", "heads", "unequal", "forward_group", "expected"),
+    ("seqlen", "heads", "group", "unequal", "varlen", "expected"),
     [
-        (4096, 64, False, 1, 4),  # 2 MB of K and V a head: 8 MB of them
-        (4096, 64, True, 1, 16),
-        (8192, 64, True, 4, 32),  # four query heads read the same 4 MB
-        (1 << 20, 32, True, 4, 4),  # more than the cache holds: one kv head
-        (4096, 3, True, 1, 3),
-        (4096, 64, False, 0, 2),  # 4 MB of Q, dO and dQ
-        (4096, 64, True, 0, 8),
-        (1024, 256, True, 0, 32),
-        (16384, 16, True, 0, 4),
-        (16384, 14, True, 0, 4),
-        (16384, 5, True, 0, 3),  # 3 and 2, not 4 and 1
-        (16384, 2, True, 0, 2),
+        (4096, 64, 1, False, False, (4, 16)),  # 2 MB of K and V a head: 8 MB of them
+        (4096, 66, 1, False, False, (4, 16)),  # the last time six
+        (4096, 64, 1, True, False, (8, 7)),  # 16 MB of them, at last 32
+        (16384, 16, 1, True, False, (2, 7)),
+        (16384, 16, 1, True, True, (2, 5)),  # at last 64 MB
+        (8192, 64, 4, True, False, (16, 3)),  # four query heads read the same 4 MB
+        (1 << 20, 32, 4, True, False, (4, 8)),  # more than the cache holds: one kv head
+        (4096, 3, 1, True, False, (3, 1)),
     ],
 )
-def test_heads_at_once(seqlen, heads, unequal, forward_group, expected):
-    bytes_of_head = seqlen * 128 * (4 if forward_group else 8)
-    assert launch.heads_at_once(heads, bytes_of_head, unequal, forward_group) == expected
+def test_forward_sections(seqlen, heads, group, unequal, varlen, expected):
+    assert launch.forward_sections(heads, seqlen * 128 * 4, group, unequal, varlen) == expected
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "heads", "unequal", "expected"),
+    [
+        (4096, 64, False, (2, 32)),  # 4 MB of Q, dO and dQ a head
+        (4096, 64, True, (8, 8)),
+        (1024, 256, True, (32, 8)),
+        (16384, 16, True, (4, 4)),
+        (16384, 14, True, (4, 4)),
+        (16384, 5, True, (3, 2)),  # 3 and 2, not 4 and 1
+        (16384, 2, True, (2, 1)),
+    ],
+)
+def test_backward_sections(seqlen, heads, unequal, expected):
+    assert launch.backward_sections(heads, seqlen * 128 * 8, unequal) == expected
+
+
+@pytest.mark.parametrize(("heads", "section", "sections"), [(16, 2, 7), (6, 4, 1), (10, 3, 3), (8, 8, 1)])
+def test_every_tile_of_every_section_is_found(heads, section, sections):
+    on_numbers = types.SimpleNamespace(minimum=min, where=lambda condition, x, y: x if condition else y)
+    locate = types.FunctionType(tiles.locate.fn.__code__, {"gl": on_numbers})  # without the GPU that Gluon wants
+    blocks, found = 3, []
+    for tile in range(blocks * heads):
+        block, sequence, head, *_ = locate(
+            tile, None, heads // 2, 300, 300, 2, section, sections, None, 128, False, True
+        )
+        found.append((min((sequence * (heads // 2) + head) // section, sections - 1), -block, sequence, head))
+    assert found == sorted(found) and len(set(found)) == blocks * heads  # section by section, long tiles first
 
 
 def run_warp(text, operands):

@@ -165,8 +165,8 @@ def _copy_queries(q_desc, do_desc, lse_desc, dp_start_desc, q_ring, do_ring, lse
 @gluon.jit
 def _copy(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, q_ring, k_tile, v_tile, do_ring, lse_ring, dp_start,
           info, k_full, k_empty, v_full, q_full, do_full, schedule, counter, num_heads, seqlen_q, seqlen_k, batch, section,
-          left, right, num_tiles, group, share, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-          VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
+          sections, left, right, num_tiles, group, share, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+          STAGES: gl.constexpr, VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
     """The copying partition: tile after tile, what it is, and its queries. V and K, for which there is room when the tile
     before is through with its own, come behind as many queries as there is room for."""
     slot = 0
@@ -175,7 +175,7 @@ def _copy(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, q_ring, k_ti
     tile = gl.program_id(0)
     while tile < num_tiles:
         block, sequence, tile_head, start_k, cols, start, rows = locate(
-            tile, num_tiles, num_heads, seqlen_k, seqlen_q, batch, section, schedule, BLOCK_N, VARLEN, False)
+            tile, num_tiles, num_heads, seqlen_k, seqlen_q, batch, section, sections, schedule, BLOCK_N, VARLEN, False)
         tile = next_tile(counter, num_tiles)
         col = block * BLOCK_N
         lo, full_lo, full_hi, hi = block_range(col, cols, rows, right, left, BLOCK_N, BLOCK_M, HAS_RIGHT, HAS_LEFT)
@@ -467,11 +467,11 @@ def _compute(w: gl.constexpr, dk_out, dv_out, q_ring, k_tile, v_tile, do_ring, l
 
 
 @gluon.jit(do_not_specialize=[
-    "num_tiles", "num_heads", "seqlen_q", "seqlen_k", "batch", "section", "left", "right", "padded_rows", "stride_b",
-    "stride_m", "stride_h", "group", "share"])
+    "num_tiles", "num_heads", "seqlen_q", "seqlen_k", "batch", "section", "sections", "left", "right", "padded_rows",
+    "stride_b", "stride_m", "stride_h", "group", "share"])
 def backward_kernel(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq_acc, dq, dk, dv, schedule,
-                    counter, turns, num_tiles, num_heads, seqlen_q, seqlen_k, batch, section, left, right, padded_rows,
-                    stride_b, stride_m, stride_h, scale, scale_log2, group, share, D: gl.constexpr,
+                    counter, turns, num_tiles, num_heads, seqlen_q, seqlen_k, batch, section, sections, left, right,
+                    padded_rows, stride_b, stride_m, stride_h, scale, scale_log2, group, share, D: gl.constexpr,
                     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
                     VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DETERMINISTIC: gl.constexpr,
                     REGS: gl.constexpr, DQ_REGS: gl.constexpr):
@@ -508,7 +508,7 @@ def backward_kernel(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq
     gl.warp_specialize([
         (_copy, (q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, q_ring, k_tile, v_tile, do_ring, lse_ring,
                  dp_start, info, k_full, k_empty, v_full, q_full, do_full, schedule, counter, num_heads, seqlen_q, seqlen_k,
-                 batch, section, left, right, num_tiles, group, share, BLOCK_M, BLOCK_N, STAGES, VARLEN, HAS_LEFT,
+                 batch, section, sections, left, right, num_tiles, group, share, BLOCK_M, BLOCK_N, STAGES, VARLEN, HAS_LEFT,
                  HAS_RIGHT)),
         (_dq, (dq_acc, dq, k_tile, ds_ring, info, k_full, k_empty, ds_empty, turns, left, right, padded_rows, stride_b,
                stride_m, stride_h, scale, group, D, BLOCK_M, BLOCK_N, VARLEN, HAS_LEFT, HAS_RIGHT, DETERMINISTIC)),

@@ -42,7 +42,7 @@ LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
 
 @gluon.jit
 def _copy(q_desc, k_desc, v_desc, q_tile, k_ring, v_ring, info, q_full, q_empty, k_full, v_full,
-          schedule, counter, num_heads, seqlen_q, seqlen_k, batch, section, left, right, num_tiles,
+          schedule, counter, num_heads, seqlen_q, seqlen_k, batch, section, sections, left, right, num_tiles,
           group, NUM_WG: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, VARLEN: gl.constexpr,
           HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
     """The copying partition: tile after tile, its Q, then its K and V blocks."""
@@ -56,7 +56,7 @@ def _copy(q_desc, k_desc, v_desc, q_tile, k_ring, v_ring, info, q_full, q_empty,
     tile = gl.program_id(0)
     while tile < num_tiles:
         block, sequence, head, start, rows, start_k, cols = locate(
-            tile, num_tiles, num_heads, seqlen_q, seqlen_k, batch, section, schedule, BLOCK_M, VARLEN, HAS_RIGHT)
+            tile, num_tiles, num_heads, seqlen_q, seqlen_k, batch, section, sections, schedule, BLOCK_M, VARLEN, HAS_RIGHT)
         row = block * BLOCK_M
         kv_head = head // group
         lo, full_lo, full_hi, hi = block_range(row, rows, cols, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
@@ -358,9 +358,9 @@ def _compute(w: gl.constexpr, o_desc, lse, q_tile, k_ring, v_ring, o_tile, info,
 
 
 @gluon.jit(do_not_specialize=[
-    "num_tiles", "num_heads", "seqlen_q", "seqlen_k", "batch", "section", "left", "right", "group"])
+    "num_tiles", "num_heads", "seqlen_q", "seqlen_k", "batch", "section", "sections", "left", "right", "group"])
 def forward_kernel(q_desc, k_desc, v_desc, o_desc, lse, schedule, counter, num_tiles, num_heads, seqlen_q, seqlen_k, batch,
-                   section, left, right, scale_log2, group, D: gl.constexpr, NUM_WG: gl.constexpr,
+                   section, sections, left, right, scale_log2, group, D: gl.constexpr, NUM_WG: gl.constexpr,
                    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SCORES_FIRST: gl.constexpr, VARLEN: gl.constexpr,
                    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, REGS: gl.constexpr):
     """grid: (multiprocessors,). Varlen: seqlen_q is the number of all rows, and schedule's first word that of its tiles."""
@@ -387,8 +387,8 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, lse, schedule, counter, num_t
     if NUM_WG == 2:
         gl.warp_specialize([
             (_copy, (q_desc, k_desc, v_desc, q_tile, k_ring, v_ring, info, q_full, q_empty, k_full, v_full, schedule,
-                     counter, num_heads, seqlen_q, seqlen_k, batch, section, left, right, num_tiles, group, NUM_WG, BLOCK_N,
-                     STAGES, VARLEN, HAS_LEFT, HAS_RIGHT)),
+                     counter, num_heads, seqlen_q, seqlen_k, batch, section, sections, left, right, num_tiles, group, NUM_WG,
+                     BLOCK_N, STAGES, VARLEN, HAS_LEFT, HAS_RIGHT)),
             (_compute, (0, o_desc, lse, q_tile, k_ring, v_ring, o_tile, info, q_full, q_empty, k_full, v_full, num_heads,
                         seqlen_q, seqlen_k, left, right, scale_log2, D, NUM_WG, BLOCK_N, STAGES, SCORES_FIRST,
                         VARLEN, HAS_LEFT, HAS_RIGHT)),
@@ -399,8 +399,8 @@ def forward_kernel(q_desc, k_desc, v_desc, o_desc, lse, schedule, counter, num_t
     else:
         gl.warp_specialize([
             (_copy, (q_desc, k_desc, v_desc, q_tile, k_ring, v_ring, info, q_full, q_empty, k_full, v_full, schedule,
-                     counter, num_heads, seqlen_q, seqlen_k, batch, section, left, right, num_tiles, group, NUM_WG, BLOCK_N,
-                     STAGES, VARLEN, HAS_LEFT, HAS_RIGHT)),
+                     counter, num_heads, seqlen_q, seqlen_k, batch, section, sections, left, right, num_tiles, group, NUM_WG,
+                     BLOCK_N, STAGES, VARLEN, HAS_LEFT, HAS_RIGHT)),
             (_compute, (0, o_desc, lse, q_tile, k_ring, v_ring, o_tile, info, q_full, q_empty, k_full, v_full, num_heads,
                         seqlen_q, seqlen_k, left, right, scale_log2, D, NUM_WG, BLOCK_N, STAGES, SCORES_FIRST,
                         VARLEN, HAS_LEFT, HAS_RIGHT)),

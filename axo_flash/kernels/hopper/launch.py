@@ -28,10 +28,11 @@ BACKWARD = {
     64: dict(BLOCK_M=64, BLOCK_N=128, STAGES=4, EARLY=EARLY, REGS=208, DQ_REGS=72),
     128: dict(BLOCK_M=64, BLOCK_N=128, STAGES=4, EARLY=False, REGS=208, DQ_REGS=72),
 }
-# What the heads that are worked on together may take of the cache; more where tiles differ in length, as with more heads at
-# once these balance better.
+# What the heads that are worked on together may take of the cache.
 L2_BYTES = 8 << 20
-L2_BYTES_UNEQUAL = 32 << 20
+L2_BYTES_UNEQUAL = 16 << 20  # where tiles differ in length
+LAST_BYTES = 32 << 20  # the last ones there
+LAST_BYTES_VARLEN = 64 << 20
 FEWEST_HEADS = 4  # at once, backward, where tiles differ in length
 LONG = 2048  # keys, from which on the forward issues the scores first
 SHORT = 256  # rows of a document, on average, up to which a tile of the backward is of a kv head
@@ -223,7 +224,7 @@ class Tiles:
 
     Attributes:
         programs: one a multiprocessor, or fewer.
-        arguments: schedule, counter, num_tiles, heads, the seqlens of q and of k, batch, section, left, right.
+        arguments: schedule, counter, num_tiles, heads, the seqlens of q and of k, batch, section, sections, left, right.
         constants: VARLEN, HAS_LEFT, HAS_RIGHT.
         keys: of a sequence (varlen: on average) on the other side.
         seqlen_k: as in `arguments`.
@@ -258,28 +259,36 @@ class Tiles:
             num_tiles, most = batch * heads * -(-length // block), batch * heads
         # of the other side: K and V forward; Q, dO and dQ backward
         bytes_of_head = length_other * spec.head_dim * (4 if queries else 8 * self.group)
-        section = heads_at_once(most, bytes_of_head, unequal, spec.group_size if queries else 0)
+        if queries:
+            section, sections = forward_sections(most, bytes_of_head, spec.group_size, unequal, spec.varlen)
+        else:
+            section, sections = backward_sections(most, bytes_of_head, unequal)
         self.programs = min(multiprocessors(x.device), num_tiles)
         self.seqlen_k = seqlen_k
         self.arguments = (
-            schedule, counter, num_tiles, heads, seqlen_q, seqlen_k, batch, section, left, right,
+            schedule, counter, num_tiles, heads, seqlen_q, seqlen_k, batch, section, sections, left, right,
         )  # fmt: skip
         self.constants = dict(VARLEN=spec.varlen, HAS_LEFT=has_left, HAS_RIGHT=has_right)
 
 
-def heads_at_once(heads: int, bytes_of_head: int, unequal: bool, forward_group: int) -> int:
-    """How many of `heads` are worked on together, so that what their tiles read lies in the cache meanwhile.
+def forward_sections(heads: int, bytes_of_head: int, group: int, unequal: bool, varlen: bool) -> tuple[int, int]:
+    """How many of `heads` are worked on together, and how often; the last time those that are left.
 
-    unequal: tiles differ in length. forward_group: query heads of a kv head forward, where they share what they read; 0
-    backward.
+    bytes_of_head: K and V, which `group` heads share. unequal: tiles differ in length. The longest of a section come first,
+    and the last section is larger, so that its short ones fill the gaps at the end.
     """
-    at_once = max(1, (L2_BYTES_UNEQUAL if unequal else L2_BYTES) // bytes_of_head)
-    if forward_group:
-        return min(at_once * forward_group, heads)
+    section = max(1, (L2_BYTES_UNEQUAL if unequal else L2_BYTES) // bytes_of_head) * group
+    last = max(1, (LAST_BYTES_VARLEN if varlen else LAST_BYTES) // bytes_of_head) * group if unequal else section
+    return (section, (heads - last) // section + 1) if heads > last else (heads, 1)
+
+
+def backward_sections(heads: int, bytes_of_head: int, unequal: bool) -> tuple[int, int]:
+    """The same of a backward. bytes_of_head: Q, dO and dQ. More heads at once where tiles differ in length, as they balance
+    better, in sections of about one size."""
+    section = max(1, (LAST_BYTES if unequal else L2_BYTES) // bytes_of_head)
     if unequal:
-        at_once = max(at_once, FEWEST_HEADS)
-        at_once = math.ceil(heads / math.ceil(heads / at_once))  # sections of about one size
-    return min(at_once, heads)
+        section = math.ceil(heads / math.ceil(heads / max(section, FEWEST_HEADS)))
+    return (section, math.ceil(heads / section)) if heads > section else (heads, 1)
 
 
 # --- launches -------------------------------------------------------------------------------------------------------

@@ -86,13 +86,13 @@ def copy_rows_out(desc, tile, sequence, head, start, seqlen, row, VARLEN: gl.con
 
 
 @gluon.jit
-def locate(tile, num_tiles, num_heads, seqlen, seqlen_other, batch, section, schedule, BLOCK: gl.constexpr,
+def locate(tile, num_tiles, num_heads, seqlen, seqlen_other, batch, section, sections, schedule, BLOCK: gl.constexpr,
            VARLEN: gl.constexpr, REVERSE: gl.constexpr):
     """Which block of which head tile number `tile` is.
 
-    `section` heads at a time (as many as the L2 cache holds), within it block by block, heads innermost. Varlen: the blocks
-    of all documents, in the order prepared in `schedule`, whose rows are (sequence, block, start, seqlen, start_other,
-    seqlen_other).
+    `section` heads at a time, the last of the `sections` with all that are left; within it block by block, heads innermost.
+    Varlen: the blocks of all documents, in the order prepared in `schedule`, whose rows are (sequence, block, start, seqlen,
+    start_other, seqlen_other).
 
     Returns block, sequence, head, first row of the sequence, its length, and both of the other side.
     """
@@ -102,9 +102,10 @@ def locate(tile, num_tiles, num_heads, seqlen, seqlen_other, batch, section, sch
     else:
         blocks = (seqlen + BLOCK - 1) // BLOCK
         heads = batch * num_heads
-    first = tile // (blocks * section) * section
+    which = gl.minimum(tile // (blocks * section), sections - 1)
+    first = which * section
     tile -= first * blocks
-    heads = gl.minimum(section, heads - first)
+    heads = gl.where(which == sections - 1, heads - first, section)
     block = tile // heads
     head = first + tile % heads
     if VARLEN:
