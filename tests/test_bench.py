@@ -1,15 +1,21 @@
 """What the benchmark makes of its figures; the timing itself needs a GPU."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "bench"))
+
+import traffic
+
 from axo_flash import bench
 from axo_flash.cli import main
 
-STORED = Path(__file__).parent.parent / "scripts/bench/results"
+ROOT = Path(__file__).parents[1]
+STORED = ROOT / "scripts/bench/results"
 
 
 def results():
@@ -110,3 +116,31 @@ def test_a_backend_that_is_not_there_is_named(monkeypatch):
 def test_without_a_gpu_it_says_so(capsys):
     assert main(["bench"]) == 2
     assert capsys.readouterr().err == "error: bench: needs a CUDA GPU, and PyTorch sees none here\n"
+
+
+def test_traffic_of_a_step_is_its_own_and_what_was_left_to_write():
+    said = """==PROF== Connected
+"ID","Kernel Name","dram__bytes_read.sum","dram__bytes_write.sum"
+"","","byte","byte"
+"0","forward_kernel","1,000","10"
+"1","finish","200","20"
+"2","spin_kernel(long)","5","5"
+"3","reduce","9999","4"
+"4","spin_kernel(long)","5","5"
+"5","backward_kernel","70","7"
+"6","spin_kernel(long)","5","5"
+"7","reduce","9999","1"
+"8","spin_kernel(long)","5","5"
+"""
+    assert traffic.moved(said) == [(1200, 34), (70, 8)]
+
+
+def test_the_least_traffic_is_every_tensor_once():
+    case = bench.BenchCase(128, True, 2, 100, 8, 2)
+    q, kv, lse = 2 * 100 * 8 * 128 * 2, 2 * 100 * 2 * 128 * 2, 2 * 100 * 8 * 4
+    assert traffic.least(case) == {"fwd": (q + 2 * kv, q + lse), "bwd": (3 * q + 2 * kv + lse, q + 2 * kv)}
+
+
+def test_stored_traffic_is_that_of_the_kernels_readme():
+    stored = traffic.table(traffic.read(STORED / "traffic_h100.csv"))
+    assert stored in (ROOT / "axo_flash/kernels/README.md").read_text(encoding="utf-8")
