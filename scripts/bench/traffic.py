@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 
 from axo_flash.bench import BenchCase
-from axo_flash.errors import UserError
 from axo_flash.peers import peers
 from fa3 import load
 
@@ -89,9 +88,9 @@ def measured(args) -> list[dict]:
         try:
             said = subprocess.run(command, capture_output=True, text=True, check=False)
         except FileNotFoundError as error:
-            raise UserError("ncu is not to be found: install Nsight Compute, or put its directory on PATH") from error
+            raise SystemExit("ncu is not to be found: install Nsight Compute, or put its directory on PATH") from error
         if said.returncode or not plan.exists():
-            raise UserError(f"ncu failed:\n{(said.stdout + said.stderr)[-3000:]}")
+            raise SystemExit(f"ncu failed:\n{(said.stdout + said.stderr)[-3000:]}")
         done = json.loads(plan.read_text())
     rows = []
     for (name, seqlen, pass_, share), (read, written) in zip(done, moved(said.stdout), strict=True):
@@ -176,11 +175,14 @@ def main():
             load(args.fa3)
         count(args.backends, args.plan)
         return
-    path = args.table or args.out / "traffic_h100.csv"
     if args.table:
-        rows = read(path)
+        path, rows = args.table, read(args.table)
     else:
+        if not torch.cuda.is_available():
+            raise SystemExit("no GPU is to be found: memory is counted on one")
         rows = measured(args)
+        gpu = next(word for word in rows[0]["gpu"].lower().split() if any(c.isdigit() for c in word))
+        path = args.out / f"traffic_{gpu}.csv"
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
