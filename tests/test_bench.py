@@ -10,7 +10,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "bench"))
 
 import traffic
-
 from axo_flash import bench
 from axo_flash.cli import main
 

@@ -12,11 +12,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "faults"))
 pytest.importorskip("matplotlib")
 
 import cells
-from judge import Judge, Reference, read_journal, unclear_error
-from stacks import weights_digest
-
 from axo_flash.checkpoints.identity import Identity
 from axo_flash.checkpoints.manifest import seal
+from judge import Judge, Reference, read_journal, unclear_error
+from stacks import weights_digest
 
 DEEDS = ("crash, remount", "killed, remount", "unmounted, remount", "freeze, thaw", "helper killed", "damaged newest")
 

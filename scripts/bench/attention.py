@@ -10,9 +10,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from fa3 import load
 
 from axo_flash.bench import bench, dense_cases, model_cases, packed_cases, plot, read_csv, table, write_csv
+from fa3 import load
 
 
 def main():

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stacks import STEPS, WEIGHTS, weights_digest
-
 from axo_flash.checkpoints.manifest import Broken, verify_local
+from stacks import STEPS, WEIGHTS, weights_digest
 
 STATE_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
