@@ -1,4 +1,6 @@
-"""The Hopper kernels compile, without a GPU, into what they were written for: products that run while others compute."""
+"""The Hopper kernels compile, without a GPU, into what they were written for: products that run while others compute; and
+what a launch of them hands over is what Triton would.
+"""
 
 import json
 import subprocess
@@ -17,14 +19,18 @@ SPILLS = {("backward", 128): 10}
 SPILLS_BESIDE_REDUCTIONS = 1
 
 
+def run(script: str, *arguments: str) -> list[str]:
+    """The lines that a script of tests/ prints, in a process that has a compiler where this one has the interpreter."""
+    command = [sys.executable, Path(__file__).parent.parent / script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.splitlines()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "head_dim"), PRODUCTS)
 def test_compiles_as_written(kernel, head_dim):
-    script = Path(__file__).parent.parent / "compile_hopper.py"
-    command = [sys.executable, script, kernel, str(head_dim)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    reports = [json.loads(line) for line in run("compile_hopper.py", kernel, str(head_dim))]
     assert len(reports) == (6 if (kernel, head_dim) == ("forward", 64) else 8)
     warpgroups = 3 if (kernel, head_dim) == ("forward", 64) else 2
     for report in reports:
@@ -34,6 +40,12 @@ def test_compiles_as_written(kernel, head_dim):
         assert report["products"] == [PRODUCTS[kernel, head_dim]] * warpgroups, report
         assert report["spilled_in_loops"] <= SPILLS.get((kernel, head_dim), 0), report
         assert report["spilled_beside_reductions"] <= SPILLS_BESIDE_REDUCTIONS, report
+
+
+def test_a_launch_hands_over_what_triton_would():
+    dense, packed = run("launch_hopper.py")
+    assert dense == "launches: 4"  # forward; prepare, backward, finish
+    assert packed == "launches: 6"  # and a schedule each
 
 
 def test_a_register_that_one_of_two_paths_leaves_undefined_is_found():

@@ -302,6 +302,7 @@ class Descriptor(NamedTuple):
     strides: list[int]
     block_shape: list[int]
     padding: str = "zero"
+    round_f32_to_tf32: bool = False  # of triton 3.7 and later
 
     @property
     def layout(self) -> gl.NVMMASharedLayout:
