@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -167,7 +167,10 @@ def _arguments(
 def _call(q, k, v, tensors, options, lengths):
     """out, or (out, lse, S_dmask) where `lengths`, the longest of q and of k, are given."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out, lse = torch.ops.axo_flash.attention_forward.default(q, k, v, *tensors, *options)
+    # The dispatcher would call _forward_autograd; the way there and back costs as much as all the checks. Dynamo wants the
+    # operator, to see one opaque call.
+    forward = torch.ops.axo_flash.attention_forward.default if torch.compiler.is_compiling() else _forward_autograd
+    out, lse = forward(q, k, v, *tensors, *options)
     if lengths is None:
         return out
     dropout_seed, dropped = tensors[-1], None
@@ -248,26 +251,35 @@ def _fits(x, *shapes) -> bool:
 def _backend_for(q, k, tensors, options) -> Choice:
     """The backend that serves a call with these arguments of _SPEC; that it is not the best is logged once."""
     _, _, alibi_slopes, sinks, _ = tensors
-    softmax_scale, causal, left, right, softcap, dropout_p, deterministic, backend = options
+    heads = q.shape[-2], k.shape[-2], q.shape[-1]
+    extras = alibi_slopes is not None, sinks is not None
+    choice = _choice(q.device, q.dtype, q.ndim == 3, *heads, *extras, *options)
+    if choice.name != BACKENDS[0].name and options[-1] == "auto":
+        _say_once(choice.name, f"attention runs on the backend '{choice.name}' ({choice.reason})")
+    return choice
+
+
+@lru_cache(maxsize=1024)
+def _choice(
+    device, dtype, varlen, num_heads, num_kv_heads, head_dim, alibi, sinks, softmax_scale, causal, left, right, softcap,
+    dropout_p, deterministic, backend,
+) -> Choice:  # fmt: skip
     spec = AttentionSpec(
-        num_heads=q.shape[-2],
-        num_kv_heads=k.shape[-2],
-        head_dim=q.shape[-1],
-        dtype=str(q.dtype).removeprefix("torch."),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=str(dtype).removeprefix("torch."),
         softmax_scale=softmax_scale,
         causal=causal,
         window_size=(left, right),
-        varlen=q.ndim == 3,
+        varlen=varlen,
         deterministic=deterministic,
         softcap=softcap,
         dropout_p=dropout_p,
-        alibi=alibi_slopes is not None,
-        sinks=sinks is not None,
+        alibi=alibi,
+        sinks=sinks,
     )
-    choice = choose_backend(spec, q.device, backend)
-    if backend == "auto" and choice.name != BACKENDS[0].name:
-        _say_once(choice.name, f"attention runs on the backend '{choice.name}' ({choice.reason})")
-    return choice
+    return choose_backend(spec, device, backend)
 
 
 def _keywords(choice, tensors) -> dict:
@@ -360,9 +372,7 @@ class _Attention(torch.autograd.Function):
             if dlse is None:
                 return (None,) * (3 + _TENSORS) + others
             dout = torch.zeros_like(out)
-        dq, dk, dv, dsinks = torch.ops.axo_flash.attention_backward.default(
-            dout, dlse, q, k, v, out, lse, *tensors, *ctx.options
-        )
+        dq, dk, dv, dsinks = _backward_autograd(dout, dlse, q, k, v, out, lse, *tensors, *ctx.options)
         _, _, _, sinks, _ = tensors
         return dq, dk, dv, None, None, None, None if sinks is None else dsinks, None, *others
 

@@ -285,14 +285,14 @@ def test_gpu_too_old_is_a_reason(monkeypatch, capability, dtype, reason):
 def test_missing_triton_is_a_reason(monkeypatch):
     """Without triton, `auto` computes and says so; by name, the error carries the pip command."""
     monkeypatch.setattr(backends.BACKENDS[0].__class__, "module", property(lambda row: _home(row)), raising=False)
-    backends.choose_backend.cache_clear()
+    ops._choice.cache_clear()
     try:
         spec_inputs = tensors(dtype=torch.float32)
         with pytest.raises(ValueError, match=r"triton is not installed: pip install"):
             flash_attn_func(*spec_inputs, backend="triton")
         flash_attn_func(*spec_inputs)
     finally:
-        backends.choose_backend.cache_clear()
+        ops._choice.cache_clear()
 
 
 def _home(row):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -46,7 +45,6 @@ class Choice:
     spec: AttentionSpec | None = None
 
 
-@lru_cache(maxsize=1024)
 def choose_backend(spec: AttentionSpec, device: torch.device, name: str = "auto") -> Choice:
     """The first backend of BACKENDS that computes `spec` on `device`, with what is wrong with each better one.
 
