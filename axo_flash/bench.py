@@ -195,6 +195,19 @@ class _GpuTimer:
         return statistics.median(times)
 
 
+def to_be_had(available: dict[str, Callable], backends: Iterable[str] | None) -> dict[str, Callable]:
+    """Those of `available` that are named in `backends`, or all. Raises UserError for one that is not there."""
+    if unknown := set(backends or ()) - set(available):
+        raise UserError(f"bench: no {', '.join(sorted(unknown))} here; to be had: {', '.join(available)}")
+    return {name: run for name, run in available.items() if backends is None or name in set(backends)}
+
+
+def short_name(gpu: str) -> str:
+    """Of a GPU, for the names of files: h100 of "NVIDIA H100 80GB HBM3"."""
+    words = gpu.lower().split()
+    return next((word for word in words if any(c.isdigit() for c in word)), "-".join(words))
+
+
 def bench(
     cases: list[BenchCase], *, backends: Iterable[str] | None = None, commit: str = "", say: Callable = print
 ) -> list[Result]:
@@ -216,10 +229,7 @@ def bench(
         "commit": commit,
         "date": datetime.date.today().isoformat(),
     }
-    available = peers()
-    if unknown := set(backends or ()) - set(available):
-        raise UserError(f"bench: no {', '.join(sorted(unknown))} here; to be had: {', '.join(available)}")
-    chosen = {name: run for name, run in available.items() if backends is None or name in set(backends)}
+    chosen = to_be_had(peers(), backends)
     results = []
     for case in cases:
         label = f"head_dim {case.head_dim} {case.mask} {case.batch} x {case.seqlen} heads {case.heads}/{case.kv_heads}"

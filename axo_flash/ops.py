@@ -167,9 +167,7 @@ def _arguments(
 def _call(q, k, v, tensors, options, lengths):
     """out, or (out, lse, S_dmask) where `lengths`, the longest of q and of k, are given."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    # The dispatcher would call _forward_autograd; the way there and back costs as much as all the checks. Dynamo wants the
-    # operator, to see one opaque call.
-    forward = torch.ops.axo_flash.attention_forward.default if torch.compiler.is_compiling() else _forward_autograd
+    forward = _without_dispatcher(torch.ops.axo_flash.attention_forward.default, _forward_autograd)
     out, lse = forward(q, k, v, *tensors, *options)
     if lengths is None:
         return out
@@ -246,6 +244,12 @@ def _fits(x, *shapes) -> bool:
 
 
 # --- operators ------------------------------------------------------------------------------------------------------
+
+
+def _without_dispatcher(operator, autograd):
+    """`autograd`, to which the dispatcher would go from `operator`: the way there and back costs as much as all the checks.
+    Dynamo gets the operator, to see one opaque call."""
+    return operator if torch.compiler.is_compiling() else autograd
 
 
 def _backend_for(q, k, tensors, options) -> Choice:
@@ -372,7 +376,8 @@ class _Attention(torch.autograd.Function):
             if dlse is None:
                 return (None,) * (3 + _TENSORS) + others
             dout = torch.zeros_like(out)
-        dq, dk, dv, dsinks = _backward_autograd(dout, dlse, q, k, v, out, lse, *tensors, *ctx.options)
+        backward = _without_dispatcher(torch.ops.axo_flash.attention_backward.default, _backward_autograd)
+        dq, dk, dv, dsinks = backward(dout, dlse, q, k, v, out, lse, *tensors, *ctx.options)
         _, _, _, sinks, _ = tensors
         return dq, dk, dv, None, None, None, None if sinks is None else dsinks, None, *others
 

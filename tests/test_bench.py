@@ -117,6 +117,23 @@ def test_without_a_gpu_it_says_so(capsys):
     assert capsys.readouterr().err == "error: bench: needs a CUDA GPU, and PyTorch sees none here\n"
 
 
+@pytest.mark.parametrize(
+    ("gpu", "short"),
+    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100-sxm4-80gb"), ("AMD GPU", "amd-gpu")],
+)
+def test_results_are_named_by_the_gpu(gpu, short):
+    assert bench.short_name(gpu) == short
+
+
+def test_traffic_names_what_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(traffic, "peers", lambda: {"hopper": None})
+    monkeypatch.setattr(sys, "argv", ["traffic.py", "--backends", "hopper", "fa3"])
+    with pytest.raises(SystemExit):
+        traffic.main()
+    assert "no fa3 here; to be had: hopper, eager" in capsys.readouterr().err
+
+
 def test_traffic_of_a_step_is_its_own_and_what_was_left_to_write():
     said = """==PROF== Connected
 "ID","Kernel Name","dram__bytes_read.sum","dram__bytes_write.sum"

@@ -110,6 +110,21 @@ def test_compiles_without_a_graph_break(varlen, extras):
         torch.testing.assert_close(a, b)
 
 
+def test_a_backward_can_be_compiled_by_itself():
+    """Compiled autograd traces through the autograd function, and is to find an operator there."""
+    from torch._dynamo import compiled_autograd
+
+    inputs = [torch.randn(1, 8, 2, 16, requires_grad=True) for _ in range(3)]
+
+    def gradients():
+        return torch.autograd.grad(flash_attn_func(*inputs, causal=True).sum(), inputs)
+
+    want = gradients()
+    with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        got = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_recomputed_under_gradient_checkpointing(use_reentrant):
     q, k, v = tensors()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from axo_flash.bench import bench, dense_cases, model_cases, packed_cases, plot, read_csv, table, write_csv
+from axo_flash.bench import bench, dense_cases, model_cases, packed_cases, plot, read_csv, short_name, table, write_csv
 from fa3 import load
 
 
@@ -36,8 +36,7 @@ def main():
             *packed_cases(),
         ]
         results = bench(cases, backends=args.backends, commit=args.commit)
-        gpu = next(word for word in torch.cuda.get_device_name().lower().split() if any(c.isdigit() for c in word))
-        write_csv(results, args.out / f"attention_{gpu}.csv")
+        write_csv(results, args.out / f"attention_{short_name(torch.cuda.get_device_name())}.csv")
     print(table(results))
 
 

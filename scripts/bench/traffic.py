@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 
-from axo_flash.bench import BenchCase
+from axo_flash.bench import BenchCase, short_name, to_be_had
+from axo_flash.errors import UserError
 from axo_flash.peers import peers
 from fa3 import load
 
 CASES = [BenchCase(128, True, 8, 2048, 16, 16), BenchCase(128, True, 1, 16384, 16, 16)]
-BACKENDS = ("hopper", "triton", "fa3", "cudnn", "fa2", "eager")
+BACKENDS = ("hopper", "triton", "fa3", "cudnn", "fa2", "eager")  # unless others are named
 EAGER_SHARE = 4
 METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 MARKER = "spin_kernel"  # of torch.cuda._sleep: between what is counted
@@ -45,13 +46,12 @@ def eager(q, k, v, call):
     return (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v).transpose(1, 2)
 
 
-def count(names, plan: Path) -> None:
+def count(backends: dict, plan: Path) -> None:
     """Under ncu: every case by every backend, marked off; and what was done in which order, into `plan`."""
-    known = {name: run for name, run in (peers() | {"eager": eager}).items() if name in names}
     flush = torch.ones(64 << 20, device="cuda")
     done = []
     for case in CASES:
-        for name, run in known.items():
+        for name, run in backends.items():
             share = EAGER_SHARE if name == "eager" else 1
             part = BenchCase(case.head_dim, True, case.batch, case.seqlen, case.heads // share, case.kv_heads // share)
             q, k, v, dout, call = part.inputs()
@@ -77,14 +77,14 @@ def count(names, plan: Path) -> None:
     plan.write_text(json.dumps(done))
 
 
-def measured(args) -> list[dict]:
+def measured(backends: dict, fa3: Path | None, commit: str) -> list[dict]:
     """Rows of the result, from `count` under ncu."""
     with tempfile.TemporaryDirectory() as folder:
         plan = Path(folder, "plan.json")
         command = ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(METRICS)]
         command += ["--cache-control", "none", "--clock-control", "none", "--profile-from-start", "off"]
-        command += [sys.executable, __file__, "--plan", str(plan), "--backends", *args.backends]
-        command += ["--fa3", str(args.fa3)] if args.fa3 else []
+        command += [sys.executable, __file__, "--plan", str(plan), "--backends", *backends]
+        command += ["--fa3", str(fa3)] if fa3 else []
         try:
             said = subprocess.run(command, capture_output=True, text=True, check=False)
         except FileNotFoundError as error:
@@ -97,7 +97,7 @@ def measured(args) -> list[dict]:
         case = next(c for c in CASES if c.seqlen == seqlen)
         row = dict(backend=name, seqlen=seqlen, **{"pass": pass_})
         row |= dict(read=round(share * read / 1e6), written=round(share * written / 1e6))
-        row |= dict(least=round(sum(least(case)[pass_]) / 1e6), gpu=torch.cuda.get_device_name(), commit=args.commit)
+        row |= dict(least=round(sum(least(case)[pass_]) / 1e6), gpu=torch.cuda.get_device_name(), commit=commit)
         rows.append(row)
     return rows
 
@@ -165,24 +165,28 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--commit", default="")
     parser.add_argument("--fa3", type=Path, metavar="DIR")
-    parser.add_argument("--backends", nargs="+", default=BACKENDS)
+    parser.add_argument("--backends", nargs="+", help=f"default: of {', '.join(BACKENDS)} those that are to be had")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--table", type=Path, metavar="CSV", help="print (and draw anew) stored results")
     parser.add_argument("--plan", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.plan:
-        if args.fa3:
-            load(args.fa3)
-        count(args.backends, args.plan)
-        return
     if args.table:
         path, rows = args.table, read(args.table)
     else:
         if not torch.cuda.is_available():
-            raise SystemExit("no GPU is to be found: memory is counted on one")
-        rows = measured(args)
-        gpu = next(word for word in rows[0]["gpu"].lower().split() if any(c.isdigit() for c in word))
-        path = args.out / f"traffic_{gpu}.csv"
+            parser.error("no GPU is to be found: memory is counted on one")
+        if args.fa3:
+            load(args.fa3)
+        available = peers() | {"eager": eager}
+        try:
+            chosen = to_be_had(available, args.backends or [name for name in BACKENDS if name in available])
+        except UserError as error:
+            parser.error(str(error))
+        if args.plan:
+            count(chosen, args.plan)
+            return
+        rows = measured(chosen, args.fa3, args.commit)
+        path = args.out / f"traffic_{short_name(rows[0]['gpu'])}.csv"
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from axo_flash import metrics, patch_model
+from axo_flash.bench import short_name
 
 BATCH, SEQLEN, WARMUP, STEPS = 4, 4096, 2, 5
 STACKS = ("hf+eager", "hf+sdpa-fa2", "hf+sdpa-cudnn", "axo_flash", "hf+sdpa-fa2", "hf+sdpa-cudnn", "axo_flash")
@@ -119,9 +120,8 @@ def main():
                 "date": datetime.date.today().isoformat(),
             }
         )
-    gpu = next(word for word in torch.cuda.get_device_name().lower().split() if any(c.isdigit() for c in word))
     args.out.mkdir(parents=True, exist_ok=True)
-    with open(args.out / f"training_{gpu}.csv", "w", newline="") as file:
+    with open(args.out / f"training_{short_name(torch.cuda.get_device_name())}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

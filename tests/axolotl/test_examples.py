@@ -1,8 +1,8 @@
 """Axolotl's own llama-2 and mistral examples, out of its source distributions: taken as they are, meaning the same, or
 refused by the names of the keys that we do not do.
 
-Those of 0.6.0, of December 2024, are the oldest that PyPI has. Whatever else a configuration of that year says is covered by
-the keys that 0.6.0 knows.
+Those of 0.6.0, of December 2024, are the oldest that PyPI has; what else a configuration of that year may say is in the keys
+that 0.6.0 knows (and in tests/config/test_config_axolotl.py).
 """
 
 import ast

@@ -31,7 +31,7 @@ BACKWARD = {
 # What the heads that are worked on together may take of the cache.
 L2_BYTES = 8 << 20
 L2_BYTES_UNEQUAL = 16 << 20  # where tiles differ in length
-LAST_BYTES = 32 << 20  # the last ones there
+LAST_BYTES = 32 << 20  # the last ones there; backward, all of them
 LAST_BYTES_VARLEN = 64 << 20
 FEWEST_HEADS = 4  # at once, backward, where tiles differ in length
 LONG = 2048  # keys, from which on the forward issues the scores first
