@@ -1,7 +1,8 @@
-"""The public attention functions, as torch.library operators with autograd, and the checks at their door.
+"""The public attention functions, as torch.library operators with autograd.
 
 The operators `axo_flash::attention_forward` and `axo_flash::attention_backward` have fake kernels, so torch.compile,
-selective activation checkpointing and FSDP see one opaque call; which backend serves is decided inside, at run time.
+selective activation checkpointing and FSDP see one opaque call; which backend serves is decided inside, at run time. Eager
+calls that nobody looks at go to it without the dispatcher.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from functools import cache, lru_cache
 
 import torch
 
+from axo_flash.arguments import check, check_cu_seqlens, check_logits
 from axo_flash.kernels.backends import BACKENDS, Choice, choose_backend
 from axo_flash.kernels.dropout import draw_seed
-from axo_flash.kernels.spec import MAX_HEAD_DIM, AttentionSpec
+from axo_flash.kernels.spec import AttentionSpec
 from axo_flash.paged import from_pages
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,9 @@ _library.define(  # the last of the gradients is of the sinks, and empty where t
     f"{_SPEC}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(f"attention_dropped(Tensor q, Tensor k, SymInt rows, SymInt cols, {_SPEC}) -> Tensor")
+_FORWARD = torch.ops.axo_flash.attention_forward.default
+_BACKWARD = torch.ops.axo_flash.attention_backward.default
+_DROPPED = torch.ops.axo_flash.attention_dropped.default
 
 
 # The defaults of dropout_p and softcap are 0, not 0.0: torch.compile(dynamic=True) takes a float default for a variable
@@ -86,10 +91,10 @@ def flash_attn_func(
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit, or no backend for them; names every reason.
     """
-    _check("flash_attn_func", q, k, v, rank=4)
+    check("flash_attn_func", q, k, v, rank=4)
     if k.shape[0] != q.shape[0]:
         raise ValueError(f"flash_attn_func: q has batch {q.shape[0]} and k has {k.shape[0]}; they must be equal")
-    _check_logits("flash_attn_func", q, q.shape[0], alibi_slopes, sinks)
+    check_logits("flash_attn_func", q, q.shape[0], alibi_slopes, sinks)
     tensors, options = _arguments(
         q, None, None, alibi_slopes, sinks, softmax_scale, causal, window_size, softcap, dropout_p, deterministic, backend,
     )  # fmt: skip
@@ -132,11 +137,11 @@ def flash_attn_varlen_func(
     Everything else as there; lse is (num_heads, total_q), and -inf for tokens past cu_seqlens[-1].
     """
     name = "flash_attn_varlen_func"
-    _check_cu_seqlens(q, cu_seqlens_q, cu_seqlens_k)
+    check_cu_seqlens(q, cu_seqlens_q, cu_seqlens_k)
     if block_table is not None:
         k, v = from_pages(name, k, v, block_table, cu_seqlens_k, max_seqlen_k)
-    _check(name, q, k, v, rank=3)
-    _check_logits(name, q, cu_seqlens_q.numel() - 1, alibi_slopes, sinks)
+    check(name, q, k, v, rank=3)
+    check_logits(name, q, cu_seqlens_q.numel() - 1, alibi_slopes, sinks)
     if return_attn_probs and dropout_p and (max_seqlen_q is None or max_seqlen_k is None):
         raise ValueError(f"{name}: return_attn_probs with dropout needs max_seqlen_q and max_seqlen_k, got none")
     tensors, options = _arguments(
@@ -166,81 +171,20 @@ def _arguments(
 
 def _call(q, k, v, tensors, options, lengths):
     """out, or (out, lse, S_dmask) where `lengths`, the longest of q and of k, are given."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    forward = _without_dispatcher(torch.ops.axo_flash.attention_forward.default, _forward_autograd)
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    forward = _without_dispatcher(_FORWARD, _forward_autograd)
     out, lse = forward(q, k, v, *tensors, *options)
     if lengths is None:
         return out
     dropout_seed, dropped = tensors[-1], None
     if dropout_seed is not None:
         rows, cols = (-(-n // 128) * 128 for n in lengths)
-        dropped = torch.ops.axo_flash.attention_dropped.default(q, k, rows, cols, *tensors, *options)
+        dropped = _DROPPED(q, k, rows, cols, *tensors, *options)
     return out, lse, dropped
 
 
-# --- checks ---------------------------------------------------------------------------------------------------------
-
-
-def _check(name, q, k, v, rank):
-    layout = "(batch, seqlen, heads, head_dim)" if rank == 4 else "(total, heads, head_dim)"
-    errors = [
-        f"{n} must be {layout}, got {tuple(x.shape)}" for n, x in zip("qkv", (q, k, v), strict=True) if x.ndim != rank
-    ]
-    if not errors:
-        if k.shape != v.shape:
-            errors.append(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
-        if q.shape[-1] != k.shape[-1]:
-            errors.append(f"q and k must have one head_dim, got {q.shape[-1]} and {k.shape[-1]}")
-        if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
-            errors.append(f"q's heads must be a multiple of k's, got {q.shape[-2]} and {k.shape[-2]}")
-        if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
-            errors.append(f"head_dim must be 1 to {MAX_HEAD_DIM}, got {q.shape[-1]}")
-    if not q.dtype == k.dtype == v.dtype:
-        errors.append(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if not q.device == k.device == v.device:
-        errors.append(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
-    if errors:
-        raise ValueError(f"{name}: " + "; ".join(errors))
-
-
-def _check_cu_seqlens(q, cu_seqlens_q, cu_seqlens_k):
-    errors = []
-    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if cu.dtype != torch.int32 or cu.ndim != 1 or cu.numel() < 2:
-            errors.append(f"{name} must be int32 (batch + 1,), got {cu.dtype} {tuple(cu.shape)}")
-        elif cu.device != q.device:
-            errors.append(f"{name} must be on q's device {q.device}, got {cu.device}")
-    if not errors and cu_seqlens_q.shape != cu_seqlens_k.shape:
-        errors.append(
-            f"cu_seqlens_q and cu_seqlens_k must have one length, got {cu_seqlens_q.numel()} and {cu_seqlens_k.numel()}"
-        )
-    if errors:
-        raise ValueError("flash_attn_varlen_func: " + "; ".join(errors))
-
-
-def _check_logits(name, q, batch, alibi_slopes, sinks):
-    """What is added to the scores, or joins them: a value a head."""
-    errors, heads = [], q.shape[-2]
-    if alibi_slopes is not None:
-        if alibi_slopes.dtype != torch.float32 or not _fits(alibi_slopes, (heads,), (batch, heads)):
-            errors.append(
-                f"alibi_slopes must be float32 ({heads},) or ({batch}, {heads}), got {alibi_slopes.dtype} "
-                f"{tuple(alibi_slopes.shape)}"
-            )
-        if alibi_slopes.requires_grad and torch.is_grad_enabled():
-            errors.append("alibi_slopes get no gradient, and these require one: detach them")
-    if sinks is not None and not (sinks.is_floating_point() and _fits(sinks, (heads,))):
-        errors.append(f"sinks must be floating point ({heads},), got {sinks.dtype} {tuple(sinks.shape)}")
-    for what, x in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
-        if x is not None and x.device != q.device:
-            errors.append(f"{what} must be on q's device {q.device}, got {x.device}")
-    if errors:
-        raise ValueError(f"{name}: " + "; ".join(errors))
-
-
-def _fits(x, *shapes) -> bool:
-    """Whether x has one of these shapes; size by size, as torch.compile cannot look a symbolic shape up among others."""
-    return any(x.ndim == len(shape) and all(a == b for a, b in zip(x.shape, shape, strict=True)) for shape in shapes)
+def _rows(x):
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # --- operators ------------------------------------------------------------------------------------------------------
@@ -250,6 +194,22 @@ def _without_dispatcher(operator, autograd):
     """`autograd`, to which the dispatcher would go from `operator`: the way there and back costs as much as all the checks.
     Dynamo gets the operator, to see one opaque call."""
     return operator if torch.compiler.is_compiling() else autograd
+
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+
+def _unobserved(q, k, v) -> bool:
+    """Whether the dispatcher would hand a call with these tensors to its kernel and to nobody else: there are no modes (as
+    selective checkpointing's), transforms of functions, traces or profiles, and no tensors of another kind."""
+    return (
+        {type(q), type(k), type(v)} <= _PLAIN
+        and not q.is_meta
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._get_tracing_state()
+        and not torch.autograd._profiler_enabled()
+    )
 
 
 def _backend_for(q, k, tensors, options) -> Choice:
@@ -361,8 +321,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, *arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.axo_flash.attention_forward.default(q, k, v, *arguments)
+        out, lse = _forward_below_autograd(q, k, v, *arguments)
         ctx.save_for_backward(q, k, v, out, lse, *arguments[:_TENSORS])
         ctx.options = arguments[_TENSORS:]
         ctx.set_materialize_grads(False)
@@ -376,7 +335,7 @@ class _Attention(torch.autograd.Function):
             if dlse is None:
                 return (None,) * (3 + _TENSORS) + others
             dout = torch.zeros_like(out)
-        backward = _without_dispatcher(torch.ops.axo_flash.attention_backward.default, _backward_autograd)
+        backward = _without_dispatcher(_BACKWARD, _backward_autograd)
         dq, dk, dv, dsinks = backward(dout, dlse, q, k, v, out, lse, *tensors, *ctx.options)
         _, _, _, sinks, _ = tensors
         return dq, dk, dv, None, None, None, None if sinks is None else dsinks, None, *others
@@ -386,15 +345,19 @@ def _forward_autograd(q, k, v, *rest):
     sinks = rest[3]
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
         return _Attention.apply(q, k, v, *rest)
+    return _forward_below_autograd(q, k, v, *rest)
+
+
+def _forward_below_autograd(q, k, v, *rest):
+    forward = _forward if _unobserved(q, k, v) else _FORWARD
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.axo_flash.attention_forward.default(q, k, v, *rest)
+        return forward(q, k, v, *rest)
 
 
 class _Gradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.axo_flash.attention_backward.default(*arguments)
+        return _backward_below_autograd(*arguments)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -406,8 +369,13 @@ class _Gradients(torch.autograd.Function):
 def _backward_autograd(*arguments):
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
         return _Gradients.apply(*arguments)
+    return _backward_below_autograd(*arguments)
+
+
+def _backward_below_autograd(dout, dlse, q, k, v, *rest):
+    backward = _backward if _unobserved(q, k, v) else _BACKWARD
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.axo_flash.attention_backward.default(*arguments)
+        return backward(dout, dlse, q, k, v, *rest)
 
 
 _library.impl("attention_forward", _forward, "CompositeExplicitAutograd")

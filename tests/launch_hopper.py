@@ -1,9 +1,10 @@
-"""Launch the Hopper kernels twice over a driver that only takes down what it is handed, without a GPU.
+"""Launch the Hopper kernels over a driver that only takes down what it is handed, without a GPU.
 
     python launch_hopper.py
 
-The first launch of a kernel goes Triton's own way, the others launch.py's shorter one: both are to hand over the same. Prints
-how many launches there were, and fails where two differ. A script of its own, as compile_hopper.py is.
+The first launch of a kernel goes Triton's own way, the others launch.py's shorter one: both are to hand over the same, and to
+tell a profiler that listens. Prints how many launches there were, and fails where two differ. A script of its own, as
+compile_hopper.py is.
 """
 
 import os
@@ -13,21 +14,24 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
+from triton.compiler.compiler import LazyDict
 
 from axo_flash.kernels.hopper import launch
 from axo_flash.kernels.spec import AttentionSpec
 
 
 class Driver(nvidia.CudaDriver):
-    """Of a GPU that is not there: `handed` holds the arguments of every launch."""
+    """Of a GPU that is not there: `handed` holds the arguments of every launch, `told` how many came with a hook."""
 
     def __init__(self):
         self.handed = []
+        self.told = 0
         self.launcher_cls = nvidia.CudaLauncher
         self.utils = SimpleNamespace(
-            launch=lambda *arguments: self.handed.append(described(arguments)),
+            launch=self.launch,
             load_binary=lambda name, *_: (name, name, 0, 0, 1024),
             build_signature_metadata=tuple,
             get_device_properties=lambda _: {"max_shared_mem": 232448},
@@ -35,6 +39,10 @@ class Driver(nvidia.CudaDriver):
             fill_tma_descriptor=lambda address, *shape: described(("descriptor", *shape)),
             fill_tma_descriptor_tiled=lambda address, *shape: described(("descriptor", *shape)),
         )
+
+    def launch(self, *arguments):
+        self.handed.append(described(arguments))
+        self.told += any(isinstance(x, knobs.HookChain) and bool(x.calls) for x in arguments)
 
     def get_current_device(self):
         return 0
@@ -47,11 +55,14 @@ class Driver(nvidia.CudaDriver):
 
 
 def described(x):
-    """x, but for the addresses of tensors, which differ from call to call."""
+    """x, but for the addresses of tensors, which differ from call to call, and for what is handed to hooks that there are
+    not."""
     if isinstance(x, torch.Tensor):
         return tuple(x.shape), x.stride(), x.dtype
     if isinstance(x, tuple | list):
         return tuple(described(i) for i in x)
+    if isinstance(x, LazyDict | knobs.HookChain):
+        return None
     return x if isinstance(x, int | float | str | None) else type(x)
 
 
@@ -91,6 +102,12 @@ def main():
         for ours, tritons in zip(driver.handed, first, strict=True):
             assert ours == tritons, f"launch.py hands over\n{ours}\nand Triton\n{tritons}"
         print("launches:", len(first))
+        assert driver.told == 0
+        knobs.runtime.launch_enter_hook.add(print)
+        passes(spec, rows, **cu_seqlens)
+        assert driver.told == len(first), f"{driver.told} of {len(first)} launches told their hook"
+        knobs.runtime.launch_enter_hook.remove(print)
+        driver.told = 0
         driver.handed.clear()
 
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "axo_flash"
 # from the ground up; a module may import what stands on a lower floor, or beside it in its own package
 FLOORS = [
     ["errors", "metrics", "kernels.spec", "kernels.dropout", "paged", "mounts", "mount_worker"],
-    ["kernels.reference", "kernels.triton", "kernels.hopper", "mount_helper"],
+    ["arguments", "kernels.reference", "kernels.triton", "kernels.hopper", "mount_helper"],
     ["kernels.backends", "mount_io"],
     ["ops", "varlen"],
     ["layout", "peers", "packed"],
@@ -27,7 +27,19 @@ FLOORS = [
     ["cli"],
     ["__main__", "integrations"],
 ]
-LIBRARY = ("kernels", "ops", "varlen", "layout", "packed", "paged", "attention", "patch", "hf", "flash_attn_compat")
+LIBRARY = (
+    "arguments",
+    "kernels",
+    "ops",
+    "varlen",
+    "layout",
+    "packed",
+    "paged",
+    "attention",
+    "patch",
+    "hf",
+    "flash_attn_compat",
+)
 
 
 def modules():

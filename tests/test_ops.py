@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from axo_flash import flash_attn_func, flash_attn_varlen_func, ops
 from axo_flash.kernels import backends
@@ -186,6 +187,55 @@ def test_the_dropped_entries_are_told_as_flash_attn_tells_them(varlen):
     kept = scores.softmax(-1) * (signed > 0) / 0.6
     torch.testing.assert_close(out, torch.einsum("bhqk,bkhd->bqhd", kept, v))
     torch.testing.assert_close(lse, scores.logsumexp(-1))
+
+
+class Listener(TorchDispatchMode):
+    """Takes down which of our operators are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "axo_flash":
+            self.heard.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+class Marked(torch.Tensor):
+    """A tensor of another kind."""
+
+
+OPERATORS = ["attention_forward.default", "attention_backward.default"]
+
+
+def test_who_listens_hears_the_operators():
+    """Eager calls leave the dispatcher out only where nobody would notice: what selective checkpointing and profilers see."""
+    q, k, v = tensors()
+    with Listener() as mode:
+        flash_attn_func(q, k, v).sum().backward()
+    assert mode.heard == OPERATORS
+    with torch.profiler.profile() as profile:
+        flash_attn_func(q, k, v).sum().backward()
+    assert {f"axo_flash::{name.removesuffix('.default')}" for name in OPERATORS} <= {
+        e.key for e in profile.key_averages()
+    }
+
+
+def test_a_plain_call_needs_no_dispatcher(monkeypatch):
+    inputs = tensors()
+    expected = torch.autograd.grad(flash_attn_func(*inputs).sum(), inputs)
+    monkeypatch.setattr(ops, "_FORWARD", None)
+    monkeypatch.setattr(ops, "_BACKWARD", None)
+    for gradient, other in zip(torch.autograd.grad(flash_attn_func(*inputs).sum(), inputs), expected, strict=True):
+        assert torch.equal(gradient, other)
+
+
+def test_tensors_of_other_kinds_go_through_the_dispatcher():
+    q, k, v = (x.detach() for x in tensors())
+    assert isinstance(flash_attn_func(q.as_subclass(Marked), k, v), Marked)
+    out = flash_attn_func(*(x.to("meta") for x in (q, k, v)))
+    assert out.is_meta and out.shape == q.shape
 
 
 def test_second_derivative_is_refused():

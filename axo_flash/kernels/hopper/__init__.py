@@ -42,16 +42,20 @@ def _triton_lacks() -> str | None:
 
 
 def forward(q, k, v, *, spec, cu_seqlens_q=None, cu_seqlens_k=None):
-    """out, lse of q, k, v: see axo_flash.ops. The kernels are imported here, as only a Hopper GPU has a use for them."""
-    from axo_flash.kernels.hopper import launch
-
-    return launch.forward(q, k, v, spec=spec, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    """out, lse of q, k, v: see axo_flash.ops."""
+    return _launch().forward(q, k, v, spec=spec, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
 
 
 def backward(dout, q, k, v, out, lse, *, spec, cu_seqlens_q=None, cu_seqlens_k=None, dlse=None):
     """dq, dk, dv."""
-    from axo_flash.kernels.hopper import launch
-
-    return launch.backward(
+    return _launch().backward(
         dout, q, k, v, out, lse, spec=spec, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, dlse=dlse
     )
+
+
+@cache
+def _launch():
+    """The kernels, imported late, as only a Hopper GPU has a use for them."""
+    from axo_flash.kernels.hopper import launch
+
+    return launch

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.experimental.gluon.language as gl
+from triton import knobs
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime import driver
 
 from axo_flash.kernels.hopper.backward_kernel import backward_kernel
 from axo_flash.kernels.hopper.forward_kernel import forward_kernel
@@ -43,7 +45,7 @@ LOG2E = math.log2(math.e)
 
 def forward(q, k, v, *, spec: AttentionSpec, cu_seqlens_q=None, cu_seqlens_k=None):
     """out (as q), lse (fp32): shapes as in axo_flash.ops."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse_shape = (spec.num_heads, q.shape[0]) if spec.varlen else (q.shape[0], spec.num_heads, q.shape[1])
     lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
     if not q.numel() or not k.numel():
@@ -83,7 +85,7 @@ def forward(q, k, v, *, spec: AttentionSpec, cu_seqlens_q=None, cu_seqlens_k=Non
 
 def backward(dout, q, k, v, out, lse, *, spec: AttentionSpec, cu_seqlens_q=None, cu_seqlens_k=None, dlse=None):
     """dq, dk, dv, in q's, k's and v's shape and dtype."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     if not q.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
     if q.device.index != torch.cuda.current_device():
@@ -320,13 +322,22 @@ def launch(kernel, programs: int | tuple[int, int], dtype: torch.dtype, argument
     told not to specialize on the others. So from the second launch on, Triton need not look at each of them."""
     grid = (programs, 1, 1) if isinstance(programs, int) else (*programs, 1)
     absent = tuple(i for i, x in enumerate(arguments) if x is None)
-    key = (kernel, torch.cuda.current_device(), dtype, absent, *constants.values())
+    device = torch.cuda.current_device()
+    key = (kernel, device, dtype, absent, *constants.values())
     compiled = _compiled.get(key)
-    if compiled is not None:
+    if compiled is None:
+        checked = (x.checked() if isinstance(x, Descriptor) else x for x in arguments)
+        _compiled[key] = kernel[grid](*checked, **constants, num_warps=4, enable_fp_fusion=True)
+    elif any(getattr(hook, "calls", True) for hook in _hooks()):  # a profiler wants to know of launches
         compiled[grid](*arguments, *constants.values())
-        return
-    checked = (x.checked() if isinstance(x, Descriptor) else x for x in arguments)
-    _compiled[key] = kernel[grid](*checked, **constants, num_warps=4, enable_fp_fusion=True)
+    else:
+        stream = driver.active.get_current_stream(device)
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments,
+                     *constants.values())  # fmt: skip
+
+
+def _hooks():
+    return knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
 
 
 def describe(x: torch.Tensor, block: int) -> Descriptor:
