@@ -246,10 +246,16 @@ def _choice(
     return choose_backend(spec, device, backend)
 
 
+_KEYWORDS = ("cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "sinks", "dropout_seed")
+
+
 def _keywords(choice, tensors) -> dict:
     """`tensors` as a backend takes them: those that there are."""
-    names = ("cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "sinks", "dropout_seed")
-    return {"spec": choice.spec} | {n: x for n, x in zip(names, tensors, strict=True) if x is not None}
+    keywords = {"spec": choice.spec}
+    for name, x in zip(_KEYWORDS, tensors, strict=True):
+        if x is not None:
+            keywords[name] = x
+    return keywords
 
 
 def _widened(choice, *tensors):

@@ -54,7 +54,7 @@ def forward(q, k, v, *, spec: AttentionSpec, cu_seqlens_q=None, cu_seqlens_k=Non
         with torch.cuda.device(q.device):
             return forward(q, k, v, spec=spec, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     config = FORWARD[spec.head_dim]
-    q, k, v = (copyable(x) for x in (q, k, v))
+    q, k, v = copyable(q), copyable(k), copyable(v)
     tiles = Tiles(spec, q, k, cu_seqlens_q, cu_seqlens_k, 64 * config["NUM_WG"], queries=True)
     launch(
         forward_kernel,
@@ -318,17 +318,16 @@ _compiled: dict[tuple, Any] = {}
 
 
 def launch(kernel, programs: int | tuple[int, int], dtype: torch.dtype, arguments: tuple, constants: dict) -> None:
-    """Run a kernel whose code depends on dtype, constants, and which arguments are None, and on nothing else: it was
-    told not to specialize on the others. So from the second launch on, Triton need not look at each of them."""
+    """Run a kernel whose code depends on dtype and constants, which also tell what arguments are None, and on nothing else:
+    it was told not to specialize on the others. So from the second launch on, Triton need not look at each of them."""
     grid = (programs, 1, 1) if isinstance(programs, int) else (*programs, 1)
-    absent = tuple(i for i, x in enumerate(arguments) if x is None)
     device = torch.cuda.current_device()
-    key = (kernel, device, dtype, absent, *constants.values())
+    key = (kernel, device, dtype, *constants.values())
     compiled = _compiled.get(key)
     if compiled is None:
         checked = (x.checked() if isinstance(x, Descriptor) else x for x in arguments)
         _compiled[key] = kernel[grid](*checked, **constants, num_warps=4, enable_fp_fusion=True)
-    elif any(getattr(hook, "calls", True) for hook in _hooks()):  # a profiler wants to know of launches
+    elif _observed():
         compiled[grid](*arguments, *constants.values())
     else:
         stream = driver.active.get_current_stream(device)
@@ -336,8 +335,10 @@ def launch(kernel, programs: int | tuple[int, int], dtype: torch.dtype, argument
                      *constants.values())  # fmt: skip
 
 
-def _hooks():
-    return knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+def _observed() -> bool:
+    """Whether a profiler of Triton's wants to know of launches."""
+    runtime = knobs.runtime
+    return getattr(runtime.launch_enter_hook, "calls", True) or getattr(runtime.launch_exit_hook, "calls", True)
 
 
 def describe(x: torch.Tensor, block: int) -> Descriptor:
