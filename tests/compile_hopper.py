@@ -23,6 +23,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from axo_flash.kernels.hopper import launch
 from axo_flash.kernels.hopper.backward_kernel import backward_kernel
+from axo_flash.kernels.hopper.dq_kernel import dq_kernel
 from axo_flash.kernels.hopper.forward_kernel import forward_kernel
 
 ALIGNED = [["tt.divisibility", 16]]
@@ -35,22 +36,30 @@ MASKS = [
     dict(causal=True, window=True, varlen=True),
     dict(causal=False, window=True, varlen=True),
 ]
+KERNELS = {
+    "forward": (forward_kernel, launch.FORWARD),
+    "backward": (backward_kernel, launch.BACKWARD),
+    "dq": (dq_kernel, launch.DQ),
+    "dkdv": (backward_kernel, launch.DK_DV),
+}
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def configurations(name: str, head_dim: int):
-    """(constants of the kernel) for each mask; the forward kernel also as it is for short sequences, the backward kernel also
-    in its deterministic form."""
-    config = launch.FORWARD[head_dim] if name == "forward" else launch.BACKWARD[head_dim]
-    for mask, variant in itertools.product(MASKS, (False, True)):
+    """(constants of the kernel) for each mask, or some of them; the forward kernel also as it is for short sequences, dq once
+    with a gradient of lse."""
+    config = KERNELS[name][1][head_dim]
+    masks = MASKS if name in ("forward", "backward") else MASKS[::3] + MASKS[-2:]
+    for mask, variant in itertools.product(masks, (False, True)):
         if variant and mask not in (MASKS[0], MASKS[-2]):
             continue
         constants = dict(D=head_dim, VARLEN=mask["varlen"], HAS_LEFT=mask["window"], HAS_RIGHT=mask["causal"]) | config
-        if name == "backward":
-            yield constants | dict(DETERMINISTIC=variant)
+        if name == "dq":
+            if variant == (mask is MASKS[-2]):
+                yield constants | dict(HAS_DLSE=variant)
         elif not variant:
             yield constants
-        elif config["SCORES_FIRST"]:
+        elif config.get("SCORES_FIRST"):
             yield constants | dict(SCORES_FIRST=False)
 
 
@@ -63,15 +72,20 @@ def descriptor(box: list[int], dtype: str) -> str:
 
 def compile_kernel(name: str, constants: dict, dtype: str):
     """The compiled kernel, for arguments as launch.py passes them."""
-    kernel = forward_kernel if name == "forward" else backward_kernel
+    kernel = KERNELS[name][0]
     outer = [1, 1, 1] if constants["VARLEN"] else [1, 1]
-    keys = constants["BLOCK_N"] // (1 if name == "forward" else 2)
-    rows = constants.get("BLOCK_M", 64)
-    boxes = {n: ([*outer, rows, constants["D"]], dtype) for n in ("q_desc", "do_desc", "o_desc")}
+    keys = constants["BLOCK_N"] // (2 if kernel is backward_kernel else 1)
+    rows = 64
+    boxes = {n: ([*outer, rows, constants["D"]], dtype) for n in ("q_desc", "do_desc", "o_desc", "dq_desc")}
     boxes |= {n: ([*outer, keys, constants["D"]], dtype) for n in ("k_desc", "v_desc")}
     boxes |= {n: ([1, rows], "fp32") for n in ("lse_desc", "dp_start_desc")}
-    pointers = dict(lse="fp32", dq_acc="fp32", schedule="i32", counter="i32", turns="i32")
+    pointers = dict.fromkeys(("lse", "dlse", "lse_log2", "dp_start", "dq_acc"), "fp32")
+    pointers |= dict.fromkeys(("schedule", "counter"), "i32")
     pointers |= dict.fromkeys(("dq", "dk", "dv"), dtype)
+    if not constants.get("WITH_DQ", True):
+        constants = constants | dict(dq_acc=None, dq=None)
+    if not constants.get("HAS_DLSE", True):
+        constants = constants | dict(dlse=None)
     signature, attributes = {}, {}
     for i, arg in enumerate(kernel.arg_names):
         if arg in constants:

@@ -358,7 +358,9 @@ def _atomic(pointer: Pointer, value, change):
     return was
 
 
-def _read(pointer: Pointer):
+def _read(pointer: Pointer, mask=None, other=None):
+    if mask is not None:
+        return torch.where(mask, pointer.flat[torch.where(mask, pointer.index, 0)], other)
     value = pointer.flat[pointer.index]
     return int(value) if value.ndim == 0 else value
 
@@ -492,6 +494,7 @@ def _modules(edits: tuple[tuple[str, str], ...]) -> dict[str, types.ModuleType]:
         "tiles": dict(bar_sync=bar_sync, bar_arrive=bar_arrive, uniform=lambda x: x),
         "fragments": dict(write=_write_rows, add_fragments=_add_fragments),
         "forward_kernel": {},
+        "dq_kernel": {},
         "backward_kernel": dict(
             _exp2_here=torch.exp2,
             _rounded_here=lambda x, dtype: x.to(dtype),
@@ -515,7 +518,7 @@ def _modules(edits: tuple[tuple[str, str], ...]) -> dict[str, types.ModuleType]:
 
 
 def run(name: str, programs: int, arguments: tuple, constants: dict, seed: float, edits=()) -> None:
-    """Launch `name` ("forward_kernel" or "backward_kernel") with what launch.py hands over.
+    """Launch `name` ("forward_kernel", ...) with what launch.py hands over.
 
     Raises:
         RuntimeError: tasks wait for one another.

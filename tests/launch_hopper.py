@@ -7,6 +7,7 @@ tell a profiler that listens. Prints how many launches there were, and fails whe
 compile_hopper.py is.
 """
 
+import itertools
 import os
 from types import SimpleNamespace
 
@@ -90,11 +91,11 @@ def main():
     torch.cuda.synchronize = lambda _: None
     launch.multiprocessors = lambda _: 132
     ends = torch.tensor([0, 100, 300], dtype=torch.int32)
-    for spec, rows, cu_seqlens in (
-        (specification(num_heads=4, num_kv_heads=4, head_dim=128, varlen=False), (1, 300), {}),
-        (specification(num_heads=4, num_kv_heads=2, head_dim=64, varlen=True), (300,),
-         dict(cu_seqlens_q=ends, cu_seqlens_k=ends)),
-    ):  # fmt: skip
+    dense = specification(num_heads=4, num_kv_heads=4, head_dim=128, varlen=False), (1, 300), {}
+    packed = specification(num_heads=4, num_kv_heads=2, head_dim=64, varlen=True), (300,)
+    packed += (dict(cu_seqlens_q=ends, cu_seqlens_k=ends),)
+    for (spec, rows, cu_seqlens), few_keys in itertools.product((dense, packed), (-1, 1000)):
+        launch.FEW_KEYS = {64: few_keys, 128: few_keys}  # the backward in one kernel, and in two
         passes(spec, rows, **cu_seqlens)
         first = driver.handed.copy()
         driver.handed.clear()

@@ -14,7 +14,7 @@ from axo_flash.kernels.hopper import launch
 from axo_flash.ops import _choice
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU")
-GLUON = {launch.forward_kernel: "forward_kernel", launch.backward_kernel: "backward_kernel"}
+GLUON = {getattr(launch, name): name for name in ("forward_kernel", "backward_kernel", "dq_kernel")}
 DOCUMENTS = ((300, 300), (1, 1), (0, 0), (129, 129), (64, 64), (70, 200), (9, 0), (0, 5))
 F16, BF16 = torch.float16, torch.bfloat16
 CASES = [
@@ -25,15 +25,22 @@ CASES = [
     Case(64, BF16, (2, 2), lengths=DOCUMENTS, tail=(70, 33), causal=True),
     Case(128, F16, (4, 1), lengths=DOCUMENTS, tail=(5, 9), causal=True),
 ]
+ONE, TWO = "one kernel", "two kernels"  # backward: launch.in_two
 # Statements, and what happens without each.
 NEEDED = [
-    ("bar_arrive(DO_FREE + slot, 384)", "nobody can go on"),
-    ("bar_arrive(K_FREE + next_slot, EVERYONE)", "nobody can go on"),
-    ("mbarrier.arrive(k_empty, count=1)", "nobody can go on"),
-    ("bar_sync(V_FREE, 384)", "arrivals left|more arrivals than"),
-    ("mbarrier.wait(ds_empty.index(side), (done >> 1 & 1) ^ 1)", "error|more arrivals than"),
-    ("mbarrier.wait(v_full, kv_phase)", "error|more arrivals than"),
-    ("mbarrier.wait(v_full.index(next_slot), next_phase)", "error|more arrivals than"),
+    (ONE, "bar_arrive(DO_FREE + slot, 384)", "nobody can go on"),
+    (ONE, "bar_arrive(K_FREE + next_slot, EVERYONE)", "nobody can go on"),
+    (ONE, "mbarrier.arrive(k_empty, count=1)", "nobody can go on"),
+    (ONE, "bar_sync(V_FREE, 384)", "arrivals left|more arrivals than"),
+    (ONE, "mbarrier.wait(ds_empty.index(side), (done >> 1 & 1) ^ 1)", "error|more arrivals than"),
+    (ONE, "mbarrier.wait(v_full, kv_phase)", "error|more arrivals than"),
+    (ONE, "mbarrier.wait(v_full.index(next_slot), next_phase)", "error|more arrivals than"),
+    (TWO, "bar_arrive(K_FREE, 384)", "nobody can go on"),
+    (TWO, "bar_arrive(V_FREE + slot, 384)", "nobody can go on"),
+    (TWO, "mbarrier.arrive(empty, count=1)", "nobody can go on"),
+    (TWO, "mbarrier.wait(empty, side ^ 1)", "error|more arrivals than"),
+    (TWO, "bar_sync(K_FREE + slot, 384)", "nobody can go on|error|arrivals left|more arrivals than"),
+    (TWO, "tma.store_wait(0)  # of the tile before, from where the next one's dO goes", "error"),
 ]
 
 
@@ -50,8 +57,9 @@ def machine(monkeypatch):
         else:
             kernel[programs if isinstance(programs, tuple) else (programs,)](*arguments, **constants)
 
-    def setup(seed, multiprocessors=3, edits=()):
+    def setup(seed, multiprocessors=3, edits=(), kernels=ONE):
         state.update(order=random.Random(seed), edits=edits)
+        monkeypatch.setattr(launch, "FEW_KEYS", dict.fromkeys(hopper.HEAD_DIMS, -1 if kernels == ONE else 1 << 40))
         monkeypatch.setattr(launch, "multiprocessors", lambda _: multiprocessors)
         monkeypatch.setattr(launch, "_counters", {})
 
@@ -71,9 +79,10 @@ def counters_left():
     return [int(c[0]) for counters, _ in launch._counters.values() for c in counters if int(c[0])]
 
 
+@pytest.mark.parametrize("kernels", [ONE, TWO])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernels_compute_what_they_should(machine, case):
-    machine(seed=1)
+def test_kernels_compute_what_they_should(machine, case, kernels):
+    machine(seed=1, kernels=kernels)
     check(case, "hopper", "cpu")
     assert counters_left() == []
 
@@ -94,22 +103,22 @@ def random_case(r: random.Random) -> Case:
     return Case(**options, batch=r.randint(1, 3), seqlen=(seqlen, seqlen if same else max(1, length())))
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(24))
 def test_any_case_in_any_order_of_events(machine, seed, monkeypatch):
     r = random.Random(seed)
-    machine(seed, multiprocessors=r.choice((1, 2, 5)))
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: seed % 4 == 0)
+    machine(seed, multiprocessors=r.choice((1, 2, 5)), kernels=ONE)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: seed % 2 == 0)  # two kernels
     check(random_case(r), "hopper", "cpu", seed)
     assert counters_left() == []
 
 
-@pytest.mark.parametrize(("statement", "what"), NEEDED)
-def test_a_missing_statement_is_found(machine, statement, what):
+@pytest.mark.parametrize(("kernels", "statement", "what"), NEEDED)
+def test_a_missing_statement_is_found(machine, kernels, statement, what):
     """Each in one order of events or another: so the tests above are known to be able to fail."""
     assert any(statement in (gluon_interpreter.SOURCE / f"{name}.py").read_text() for name in GLUON.values())
-    case = Case(64, F16, (1, 1), 1, (513, 700))
+    case = Case(64, F16, (1, 1), 1, (513, 700) if kernels == ONE else (900, 200))
     for seed in range(10):
-        machine(seed, edits=((statement, "None"),))
+        machine(seed, 3 if kernels == ONE else 1, ((statement, "None"),), kernels)
         try:
             check(case, "hopper", "cpu")
         except (RuntimeError, AssertionError) as error:

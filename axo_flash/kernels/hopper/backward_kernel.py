@@ -19,6 +19,10 @@ side would otherwise be spread over more heads than the cache holds. launch.py t
 
 The kernels of workspace.py go before and after: one prepares delta, lse and a zeroed dQ, one rounds dQ. Both leave out the
 rows that but one tile meets, whose dQ that tile writes.
+
+Not WITH_DQ, this is the second half of a backward whose first, dq_kernel.py, has left delta and lse: there is no third
+warpgroup, dS never leaves registers, of which there are 240 now, and K of the next tile comes as soon as the last scores are
+computed.
 """
 
 import triton.experimental.gluon.language as gl
@@ -42,11 +46,13 @@ from axo_flash.kernels.hopper.tiles import (
     get_info,
     locate,
     next_tile,
+    padded_row,
     partition_barrier,
     put_info,
 )
 
 DS_FULL: gl.constexpr = gl.constexpr(5)  # hardware barriers 5, 6: dS there
+K_FREE: gl.constexpr = gl.constexpr(5)  # without dQ: K read for the last time in a tile
 V_FREE: gl.constexpr = gl.constexpr(7)  # V read for the last time in a tile
 Q_FREE: gl.constexpr = gl.constexpr(8)  # 8 ... 11: Q read, one a ring slot
 DO_FREE: gl.constexpr = gl.constexpr(12)  # 12 ... 15: dO read
@@ -122,15 +128,6 @@ def _zero_here(count):
 
 
 @gluon.jit
-def _padded(sequence, start, seqlen, BLOCK: gl.constexpr, VARLEN: gl.constexpr):
-    """The first row of a sequence in the workspaces, where each begins on a multiple of BLOCK."""
-    if VARLEN:
-        return (start // BLOCK + sequence) * BLOCK
-    else:
-        return sequence * ((seqlen + BLOCK - 1) // BLOCK * BLOCK)
-
-
-@gluon.jit
 def _next(head, block, lo, hi):
     """The next one of a walk over the blocks lo ... hi - 1 of one query head after another."""
     last = block == hi - 1
@@ -166,7 +163,8 @@ def _copy_queries(q_desc, do_desc, lse_desc, dp_start_desc, q_ring, do_ring, lse
 def _copy(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, q_ring, k_tile, v_tile, do_ring, lse_ring, dp_start,
           info, k_full, k_empty, v_full, q_full, do_full, schedule, counter, num_heads, seqlen_q, seqlen_k, batch, section,
           sections, left, right, num_tiles, group, share, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-          STAGES: gl.constexpr, VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
+          STAGES: gl.constexpr, VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+          WITH_DQ: gl.constexpr):
     """The copying partition: tile after tile, what it is, and its queries. V and K, for which there is room when the tile
     before is through with its own, come behind as many queries as there is room for."""
     slot = 0
@@ -179,7 +177,7 @@ def _copy(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, q_ring, k_ti
         tile = next_tile(counter, num_tiles)
         col = block * BLOCK_N
         lo, full_lo, full_hi, hi = block_range(col, cols, rows, right, left, BLOCK_N, BLOCK_M, HAS_RIGHT, HAS_LEFT)
-        padded = _padded(sequence, start, rows, BLOCK_M, VARLEN)
+        padded = padded_row(sequence, start, rows, BLOCK_M, VARLEN)
         _describe(info, tiles & (TILES - 1), col, cols, rows, tile_head, lo, full_lo, full_hi, hi,
                   (start_k + col if VARLEN else sequence * seqlen_k + col) * num_heads + tile_head, num_heads, padded,
                   start if VARLEN else sequence)
@@ -195,11 +193,19 @@ def _copy(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, q_ring, k_ti
             copied += 1
             slot = gl.where(slot == STAGES - 1, 0, slot + 1)
             head, row_block = _next(head, row_block, lo, hi)
-        if tiles > 0:
-            bar_sync(V_FREE, 384)
-        _copy_keys(v_desc, v_tile, v_full, sequence, tile_head // share, start_k, cols, col, VARLEN)
-        mbarrier.wait(k_empty, (tiles & 1) ^ 1)
-        _copy_keys(k_desc, k_tile, k_full, sequence, tile_head // share, start_k, cols, col, VARLEN)
+        if WITH_DQ:
+            if tiles > 0:
+                bar_sync(V_FREE, 384)
+            _copy_keys(v_desc, v_tile, v_full, sequence, tile_head // share, start_k, cols, col, VARLEN)
+            mbarrier.wait(k_empty, (tiles & 1) ^ 1)
+            _copy_keys(k_desc, k_tile, k_full, sequence, tile_head // share, start_k, cols, col, VARLEN)
+        else:
+            if tiles > 0:
+                bar_sync(K_FREE, 384)
+            _copy_keys(k_desc, k_tile, k_full, sequence, tile_head // share, start_k, cols, col, VARLEN)
+            if tiles > 0:
+                bar_sync(V_FREE, 384)
+            _copy_keys(v_desc, v_tile, v_full, sequence, tile_head // share, start_k, cols, col, VARLEN)
         for _ in range(count - ahead):
             _copy_queries(
                 q_desc, do_desc, lse_desc, dp_start_desc, q_ring, do_ring, lse_ring, dp_start, q_full, do_full, slot, copied,
@@ -211,7 +217,10 @@ def _copy(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, q_ring, k_ti
     put_info(info, tiles & (TILES - 1), WORKING, 0)
     if tiles > 0:
         bar_sync(V_FREE, 384)
-    mbarrier.wait(k_empty, (tiles & 1) ^ 1)
+        if not WITH_DQ:
+            bar_sync(K_FREE, 384)
+    if WITH_DQ:
+        mbarrier.wait(k_empty, (tiles & 1) ^ 1)
     mbarrier.arrive(k_full, count=1)
     for _ in range(gl.minimum(copied, STAGES)):  # nobody may leave while arrivals are open
         slot = gl.where(slot == 0, STAGES - 1, slot - 1)
@@ -240,9 +249,9 @@ def _row_of_dq(begin, row, head, stride_b, stride_m, stride_h, VARLEN: gl.conste
 
 
 @gluon.jit
-def _dq(dq_acc, dq, k_tile, ds_ring, info, k_full, k_empty, ds_empty, turns, left, right, padded_rows, stride_b, stride_m,
-        stride_h, scale, group, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, VARLEN: gl.constexpr,
-        HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DETERMINISTIC: gl.constexpr):
+def _dq(dq_acc, dq, k_tile, ds_ring, info, k_full, k_empty, ds_empty, left, right, padded_rows, stride_b, stride_m, stride_h,
+        scale, group, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, VARLEN: gl.constexpr,
+        HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
     """The partition that computes dQ, 64 columns at a time, to live in few registers. Where several tiles owe something to
     the same block of rows, they add it up in fp32 in global memory, and workspace.finish_kernel rounds the sums; where only
     one does, as at the beginning of every causal document, it writes dQ itself."""
@@ -261,7 +270,6 @@ def _dq(dq_acc, dq, k_tile, ds_ring, info, k_full, k_empty, ds_empty, turns, lef
         padded = get_info(info, info_slot, PADDED)
         begin = get_info(info, info_slot, BEGIN)
         head = get_info(info, info_slot, HEAD) * group
-        block = get_info(info, info_slot, COL) // BLOCK_N
         count = (hi - lo) * group
         row_block = lo
         if count == 0:
@@ -272,8 +280,6 @@ def _dq(dq_acc, dq, k_tile, ds_ring, info, k_full, k_empty, ds_empty, turns, lef
             side = done & 1
             done += 1
             bar_sync(DS_FULL + side, 384)
-            if DETERMINISTIC:
-                turn = turns + head * (padded_rows // BLOCK_M) + (padded + row) // BLOCK_M
             for part in gl.static_range(D // 64):
                 product = zeros
                 for w in gl.static_range(2):
@@ -286,17 +292,11 @@ def _dq(dq_acc, dq, k_tile, ds_ring, info, k_full, k_empty, ds_empty, turns, lef
                     if i == count - 1:
                         mbarrier.arrive(k_empty, count=1)
                 if end - first > 1:
-                    if DETERMINISTIC and part == 0:  # whoever comes before has added its own
-                        while gl.atomic_add(turn, 0, sem="acquire") != block - first:
-                            pass
                     add_fragments(
                         dq_acc + (head.to(gl.int64) * padded_rows + padded + row) * D + part * 4096, product)
                 else:
                     where = _row_of_dq(begin, row, head, stride_b, stride_m, stride_h, VARLEN) * 16 + part * 128
                     write(dq.to(gl.int64) + where, product * scale, stride_m * 16, rows - row, dq.dtype.element_ty)
-            if DETERMINISTIC:
-                partition_barrier()
-                gl.atomic_add(turn, 1, sem="release")
             head, row_block = _next(head, row_block, lo, hi)
         info_slot = (info_slot + 1) & (TILES - 1)
         phase ^= 1
@@ -310,7 +310,7 @@ def _probabilities(s, lse, block, hidden, first_row, last_row, scale_log2, HAS_L
     mask; a key is seen by the rows first_row ... last_row."""
     if hidden:
         # In an MMA layout bits 1 and 2 of the row come from the lane and the others from the register's number: see
-        # forward_kernel._mask.
+        # tiles.mask.
         rows = gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
         number = (rows & -7)[None, :]
         lane = (rows & 6)[None, :] + block * s.shape[1]
@@ -323,7 +323,7 @@ def _probabilities(s, lse, block, hidden, first_row, last_row, scale_log2, HAS_L
 @gluon.jit
 def _step(k_tile, v, q_ring, do_ring, lse_ring, dp_start, ds_ring, q_full, do_full, ds_empty, p, dk, dv, slot, phase, done,
           next_block, next_hidden, first_row, last_row, scale_log2, dv_out, info, info_slot, w: gl.constexpr,
-          STAGES: gl.constexpr, EARLY: gl.constexpr, HAS_LEFT: gl.constexpr, LAST: gl.constexpr):
+          STAGES: gl.constexpr, EARLY: gl.constexpr, HAS_LEFT: gl.constexpr, WITH_DQ: gl.constexpr, LAST: gl.constexpr):
     """One block of queries: dV, dP, dS and dK from its P; and P of the next block, unless it is the LAST one of the tile:
     then dV leaves while dK is computed.
 
@@ -365,11 +365,12 @@ def _step(k_tile, v, q_ring, do_ring, lse_ring, dp_start, ds_ring, q_full, do_fu
     if LAST:
         bar_arrive(V_FREE, 384)
     ds = _times(p, dp)
-    side = done & 1
-    mbarrier.wait(ds_empty.index(side), (done >> 1 & 1) ^ 1)
-    ds_ring.index(2 * w + side).store(ds)
-    fence_async_shared()
-    bar_arrive(DS_FULL + side, 384)
+    if WITH_DQ:
+        side = done & 1
+        mbarrier.wait(ds_empty.index(side), (done >> 1 & 1) ^ 1)
+        ds_ring.index(2 * w + side).store(ds)
+        fence_async_shared()
+        bar_arrive(DS_FULL + side, 384)
     if not EARLY and not LAST:
         mbarrier.wait(q_full.index(next_slot), next_phase)
         s_token = warpgroup_mma(k, next_q, zeros, use_acc=False, is_async=True)
@@ -395,7 +396,7 @@ def _step(k_tile, v, q_ring, do_ring, lse_ring, dp_start, ds_ring, q_full, do_fu
 def _compute(w: gl.constexpr, dk_out, dv_out, q_ring, k_tile, v_tile, do_ring, lse_ring, dp_start, ds_ring, info, k_full,
              v_full, q_full, do_full, ds_empty, scale, scale_log2, left, right, group, D: gl.constexpr,
              BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
-             HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
+             HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, WITH_DQ: gl.constexpr):
     """Warpgroup w: dK and dV of the keys 64 w ... 64 w + 63 of every tile."""
     WN: gl.constexpr = BLOCK_N // 2
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -448,16 +449,20 @@ def _compute(w: gl.constexpr, dk_out, dv_out, q_ring, k_tile, v_tile, do_ring, l
                 p, dk, dv, slot, phase = _step(
                     k_tile, v, q_ring, do_ring, lse_ring, dp_start, ds_ring, q_full, do_full, ds_empty, p, dk, dv, slot,
                     phase, done, block, (block < full_lo) | (block >= full_hi), first_row, last_row, scale_log2, dv_out,
-                    info, info_slot, w, STAGES, EARLY, HAS_LEFT, False)
+                    info, info_slot, w, STAGES, EARLY, HAS_LEFT, WITH_DQ, False)
                 done += 1
+            if not WITH_DQ:
+                bar_arrive(K_FREE, 384)
             p, dk, dv, slot, phase = _step(
                 k_tile, v, q_ring, do_ring, lse_ring, dp_start, ds_ring, q_full, do_full, ds_empty, p, dk, dv, slot, phase,
                 done, block, False, first_row, last_row, scale_log2, dv_out, info, info_slot, w, STAGES, EARLY, HAS_LEFT,
-                True)
+                WITH_DQ, True)
             done += 1
         else:  # nobody sees these keys
             mbarrier.wait(v_full, kv_phase)
             bar_arrive(V_FREE, 384)
+            if not WITH_DQ:
+                bar_arrive(K_FREE, 384)
             _write_keys(dv_out, dv, info, info_slot, w)
         _write_keys(dk_out, dk * scale, info, info_slot, w)
         info_slot = (info_slot + 1) & (TILES - 1)
@@ -470,20 +475,23 @@ def _compute(w: gl.constexpr, dk_out, dv_out, q_ring, k_tile, v_tile, do_ring, l
     "num_tiles", "num_heads", "seqlen_q", "seqlen_k", "batch", "section", "sections", "left", "right", "padded_rows",
     "stride_b", "stride_m", "stride_h", "group", "share"])
 def backward_kernel(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq_acc, dq, dk, dv, schedule,
-                    counter, turns, num_tiles, num_heads, seqlen_q, seqlen_k, batch, section, sections, left, right,
+                    counter, num_tiles, num_heads, seqlen_q, seqlen_k, batch, section, sections, left, right,
                     padded_rows, stride_b, stride_m, stride_h, scale, scale_log2, group, share, D: gl.constexpr,
                     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
-                    VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, DETERMINISTIC: gl.constexpr,
-                    REGS: gl.constexpr, DQ_REGS: gl.constexpr):
+                    VARLEN: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+                    WITH_DQ: gl.constexpr, REGS: gl.constexpr, DQ_REGS: gl.constexpr):
     """grid: (multiprocessors,). Varlen: schedule's first word is the number of its tiles. dk and dv are contiguous, with
-    num_heads heads, as many as tiles have; the strides are dq's, in units of 8 elements."""
+    num_heads heads, as many as tiles have; the strides are dq's, in units of 8 elements. dq_acc, dq: None if not WITH_DQ."""
     dtype: gl.constexpr = q_desc.dtype
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N // 2, BLOCK_M], dtype)
     q_ring = gl.allocate_shared_memory(dtype, [STAGES] + q_desc.block_type.shape, q_desc.layout)
     do_ring = gl.allocate_shared_memory(dtype, [STAGES] + do_desc.block_type.shape, do_desc.layout)
     k_tile = gl.allocate_shared_memory(dtype, [2] + k_desc.block_type.shape, k_desc.layout)
     v_tile = gl.allocate_shared_memory(dtype, [2] + v_desc.block_type.shape, v_desc.layout)
-    ds_ring = gl.allocate_shared_memory(dtype, [4, BLOCK_N // 2, BLOCK_M], ds_layout)  # 2 * warpgroup + side
+    if WITH_DQ:
+        ds_ring = gl.allocate_shared_memory(dtype, [4, BLOCK_N // 2, BLOCK_M], ds_layout)  # 2 * warpgroup + side
+    else:
+        ds_ring = q_ring  # not used
     lse_ring = gl.allocate_shared_memory(gl.float32, [STAGES] + lse_desc.block_type.shape, lse_desc.layout)
     dp_start = gl.allocate_shared_memory(gl.float32, [STAGES] + dp_start_desc.block_type.shape, dp_start_desc.layout)
     info = gl.allocate_shared_memory(gl.int32, [TILES * INFO, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -505,17 +513,31 @@ def backward_kernel(q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, dq
         num_tiles = gl.load(schedule) * num_heads
         schedule += 8
     # the tuples must stand here: given a name, their constants would become tensors
-    gl.warp_specialize([
-        (_copy, (q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, q_ring, k_tile, v_tile, do_ring, lse_ring,
-                 dp_start, info, k_full, k_empty, v_full, q_full, do_full, schedule, counter, num_heads, seqlen_q, seqlen_k,
-                 batch, section, sections, left, right, num_tiles, group, share, BLOCK_M, BLOCK_N, STAGES, VARLEN, HAS_LEFT,
-                 HAS_RIGHT)),
-        (_dq, (dq_acc, dq, k_tile, ds_ring, info, k_full, k_empty, ds_empty, turns, left, right, padded_rows, stride_b,
-               stride_m, stride_h, scale, group, D, BLOCK_M, BLOCK_N, VARLEN, HAS_LEFT, HAS_RIGHT, DETERMINISTIC)),
-        (_compute, (0, dk, dv, q_ring, k_tile, v_tile, do_ring, lse_ring, dp_start, ds_ring, info, k_full, v_full, q_full,
-                    do_full, ds_empty, scale, scale_log2, left, right, group, D, BLOCK_M, BLOCK_N, STAGES, EARLY, HAS_LEFT,
-                    HAS_RIGHT)),
-        (_compute, (1, dk, dv, q_ring, k_tile, v_tile, do_ring, lse_ring, dp_start, ds_ring, info, k_full, v_full, q_full,
-                    do_full, ds_empty, scale, scale_log2, left, right, group, D, BLOCK_M, BLOCK_N, STAGES, EARLY, HAS_LEFT,
-                    HAS_RIGHT)),
-    ], [4, 4, 4], [DQ_REGS, REGS, REGS])
+    if WITH_DQ:
+        gl.warp_specialize([
+            (_copy, (q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, q_ring, k_tile, v_tile, do_ring, lse_ring,
+                     dp_start, info, k_full, k_empty, v_full, q_full, do_full, schedule, counter, num_heads, seqlen_q,
+                     seqlen_k, batch, section, sections, left, right, num_tiles, group, share, BLOCK_M, BLOCK_N, STAGES,
+                     VARLEN, HAS_LEFT, HAS_RIGHT, True)),
+            (_dq, (dq_acc, dq, k_tile, ds_ring, info, k_full, k_empty, ds_empty, left, right, padded_rows, stride_b, stride_m,
+                   stride_h, scale, group, D, BLOCK_M, BLOCK_N, VARLEN, HAS_LEFT, HAS_RIGHT)),
+            (_compute, (0, dk, dv, q_ring, k_tile, v_tile, do_ring, lse_ring, dp_start, ds_ring, info, k_full, v_full,
+                        q_full, do_full, ds_empty, scale, scale_log2, left, right, group, D, BLOCK_M, BLOCK_N, STAGES,
+                        EARLY, HAS_LEFT, HAS_RIGHT, True)),
+            (_compute, (1, dk, dv, q_ring, k_tile, v_tile, do_ring, lse_ring, dp_start, ds_ring, info, k_full, v_full,
+                        q_full, do_full, ds_empty, scale, scale_log2, left, right, group, D, BLOCK_M, BLOCK_N, STAGES,
+                        EARLY, HAS_LEFT, HAS_RIGHT, True)),
+        ], [4, 4, 4], [DQ_REGS, REGS, REGS])
+    else:
+        gl.warp_specialize([
+            (_copy, (q_desc, k_desc, v_desc, do_desc, lse_desc, dp_start_desc, q_ring, k_tile, v_tile, do_ring, lse_ring,
+                     dp_start, info, k_full, k_empty, v_full, q_full, do_full, schedule, counter, num_heads, seqlen_q,
+                     seqlen_k, batch, section, sections, left, right, num_tiles, group, share, BLOCK_M, BLOCK_N, STAGES,
+                     VARLEN, HAS_LEFT, HAS_RIGHT, False)),
+            (_compute, (0, dk, dv, q_ring, k_tile, v_tile, do_ring, lse_ring, dp_start, ds_ring, info, k_full, v_full,
+                        q_full, do_full, ds_empty, scale, scale_log2, left, right, group, D, BLOCK_M, BLOCK_N, STAGES,
+                        EARLY, HAS_LEFT, HAS_RIGHT, False)),
+            (_compute, (1, dk, dv, q_ring, k_tile, v_tile, do_ring, lse_ring, dp_start, ds_ring, info, k_full, v_full,
+                        q_full, do_full, ds_empty, scale, scale_log2, left, right, group, D, BLOCK_M, BLOCK_N, STAGES,
+                        EARLY, HAS_LEFT, HAS_RIGHT, False)),
+        ], [4, 4], [REGS, REGS])

@@ -28,6 +28,7 @@ from axo_flash.kernels.hopper.tiles import (
     copy_rows_out,
     get_info,
     locate,
+    mask,
     masked_first,
     next_tile,
     partition_barrier,
@@ -97,25 +98,6 @@ def _copy(q_desc, k_desc, v_desc, q_tile, k_ring, v_ring, info, q_full, q_empty,
         slot = gl.where(slot == 0, STAGES - 1, slot - 1)
         bar_sync(K_FREE + slot, EVERYONE)
         bar_sync(V_FREE + slot, EVERYONE)
-
-
-@gluon.jit
-def _mask(s, rows, col, offset, seqlen_k, left, right, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
-    """s with the hidden columns at -inf. rows: of s, in the sequence; col: the block's first column."""
-    # In an MMA layout bits 1 and 2 of the column come from the lane and the others from the register's number: split so,
-    # the compares are against immediates, and no column number needs a register.
-    cols = gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
-    lane = (cols & 6)[None, :]
-    number = (cols & -7)[None, :]
-    last = seqlen_k - 1 - col
-    if HAS_RIGHT:
-        limit = gl.minimum(rows + (offset + right - col), last)[:, None]
-        s = gl.where(number <= limit - lane, s, -float("inf"))
-    else:
-        s = gl.where(number <= last - lane, s, -float("inf"))
-    if HAS_LEFT:
-        s = gl.where(number >= (rows + (offset - left - col))[:, None] - lane, s, -float("inf"))
-    return s
 
 
 @gluon.jit
@@ -239,7 +221,7 @@ def _step(q, k_ring, v_ring, k_full, v_full, acc, p, m, l, slot, phase, masked, 
         s = warpgroup_mma_wait(0, deps=[s_token])
     bar_arrive(K_FREE + next_slot, EVERYONE)
     if masked:
-        s = _mask(s, rows, col, offset, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT)
+        s = mask(s, rows, col, offset, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT)
     m_new = _maximum(s, m)
     # A spin loop is a wall that the assembler moves nothing across. In front of it the maximum is found while the output is
     # computed; behind it the scaling of the output goes between the exponentials, of which the hardware takes one in eight
@@ -297,7 +279,7 @@ def _compute(w: gl.constexpr, o_desc, lse, q_tile, k_ring, v_ring, o_tile, info,
         s = warpgroup_mma_wait(0, deps=[s_token])
         bar_arrive(K_FREE, 128 + 128 * NUM_WG)
         col = masked_first(0, lo, full_lo, full_hi, hi) * BLOCK_N
-        s = _mask(s, local + row, col, offset, cols_here, left, right, HAS_LEFT, HAS_RIGHT)
+        s = mask(s, local + row, col, offset, cols_here, left, right, HAS_LEFT, HAS_RIGHT)
         m = gl.full([64], -float("inf"), gl.float32, gl.SliceLayout(1, score_layout))
         m_new = _maximum(s, m)
         p, l, _ = _exponentials(s, m, m_new, _no_sum(s), scale_log2)

@@ -14,6 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
 from axo_flash.kernels.hopper.backward_kernel import backward_kernel
+from axo_flash.kernels.hopper.dq_kernel import dq_kernel
 from axo_flash.kernels.hopper.forward_kernel import forward_kernel
 from axo_flash.kernels.hopper.schedule import schedule_kernel
 from axo_flash.kernels.hopper.workspace import finish_kernel, prepare_kernel
@@ -27,9 +28,19 @@ FORWARD = {
 # ptxas 12.9, which triton 3.8 brings, serialises all products (C7514) where dS is computed beside the next scores.
 EARLY = not triton.__version__.startswith("3.8.")
 BACKWARD = {
-    64: dict(BLOCK_M=64, BLOCK_N=128, STAGES=4, EARLY=EARLY, REGS=208, DQ_REGS=72),
-    128: dict(BLOCK_M=64, BLOCK_N=128, STAGES=4, EARLY=False, REGS=208, DQ_REGS=72),
+    64: dict(BLOCK_M=64, BLOCK_N=128, STAGES=4, EARLY=EARLY, WITH_DQ=True, REGS=208, DQ_REGS=72),
+    128: dict(BLOCK_M=64, BLOCK_N=128, STAGES=4, EARLY=False, WITH_DQ=True, REGS=208, DQ_REGS=72),
 }
+# The backward in two kernels: see `in_two`.
+DQ = {
+    64: dict(BLOCK_M=128, BLOCK_N=64, STAGES=4, REGS=240),
+    128: dict(BLOCK_M=128, BLOCK_N=64, STAGES=3, REGS=240),
+}
+DK_DV = {
+    64: dict(BLOCK_M=64, BLOCK_N=128, STAGES=4, EARLY=EARLY, WITH_DQ=False, REGS=240, DQ_REGS=0),
+    128: dict(BLOCK_M=64, BLOCK_N=128, STAGES=4, EARLY=EARLY, WITH_DQ=False, REGS=240, DQ_REGS=0),
+}
+FEW_KEYS = {64: 512, 128: 1536}  # that a query sees, on average, up to which two kernels are faster than one
 # What the heads that are worked on together may take of the cache.
 L2_BYTES = 8 << 20
 L2_BYTES_UNEQUAL = 16 << 20  # where tiles differ in length
@@ -37,7 +48,6 @@ LAST_BYTES = 32 << 20  # the last ones there; backward, all of them
 LAST_BYTES_VARLEN = 64 << 20
 FEWEST_HEADS = 4  # at once, backward, where tiles differ in length
 LONG = 2048  # keys, from which on the forward issues the scores first
-SHORT = 256  # rows of a document, on average, up to which a tile of the backward is of a kv head
 RAGGED_ROWS = 1 << 30
 COUNTERS = 4096
 LOG2E = math.log2(math.e)
@@ -92,30 +102,53 @@ def backward(dout, q, k, v, out, lse, *, spec: AttentionSpec, cu_seqlens_q=None,
         with torch.cuda.device(q.device):
             cu_seqlens = dict(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
             return backward(dout, q, k, v, out, lse, spec=spec, dlse=dlse, **cu_seqlens)
-    config = BACKWARD[spec.head_dim]
     q, k, v, dout, out = (copyable(x) for x in (q, k, v, dout, out))
-    tiles = Tiles(spec, k, q, cu_seqlens_k, cu_seqlens_q, config["BLOCK_N"], queries=False)
-    space = Workspace.of(spec, q, cu_seqlens_q, cu_seqlens_k, tiles, config)
+    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
+    seqlens = cu_seqlens_q, cu_seqlens_k
+    if in_two(spec, q, k, cu_seqlens_k):
+        config = DK_DV[spec.head_dim]
+        space = Workspace.of(spec, q, seqlens, config)
+        _dq(space, q, k, v, dout, out, lse, dlse, dq)
+        tiles = Tiles(spec, k, q, *reversed(seqlens), config["BLOCK_N"], queries=False, group=spec.group_size)
+        _dk_dv(space, tiles, config, 1, q, k, v, dout, None, dk, dv)
+        return dq, dk, dv
+    config = BACKWARD[spec.head_dim]
+    tiles = Tiles(spec, k, q, *reversed(seqlens), config["BLOCK_N"], queries=False)
+    space = Workspace.of(spec, q, seqlens, config)
+    mask = tiles.seqlen_k, *spec.band
+    constants = dict(HEAD_DIM=spec.head_dim, BLOCK=space.block, KEYS=config["BLOCK_N"], **tiles.constants)
     share = spec.group_size // tiles.group
     if share > 1:  # what each query head owes, to be added up
         dk, dv = torch.empty((2, *k.shape[:-2], spec.num_heads, spec.head_dim), dtype=k.dtype, device=k.device)
-    _prepare(space, out, dout, lse.contiguous(), None if dlse is None else dlse.contiguous())
-    _add_up(space, tiles, share, config, q, k, v, dout, dq, dk, dv)
-    _finish(space, dq)
+    _prepare(space, mask, constants, out, dout, lse, dlse)
+    _dk_dv(space, tiles, config, share, q, k, v, dout, dq, dk, dv)
+    _finish(space, mask, constants, dq)
     if share > 1:
         dk, dv = (x.unflatten(-2, (-1, share)).sum(-2) for x in (dk, dv))
     return dq, dk, dv
 
 
+def in_two(spec: AttentionSpec, q, k, cu_seqlens_k) -> bool:
+    """Whether dq has a kernel of its own: seven matrix products instead of five, but no sums in memory. That is faster where
+    a query sees few keys, and where these sums would have to come in one order."""
+    rows, keys = (q.shape[0], k.shape[0]) if spec.varlen else (q.shape[1], k.shape[1])
+    if spec.varlen:
+        batch = cu_seqlens_k.numel() - 1
+        rows, keys = rows // batch, keys // batch
+    left, right = spec.band
+    seen = keys if right < 0 else max(keys - rows // 2, keys // 2)
+    if left >= 0 and right >= 0:
+        seen = min(seen, left + right + 1)
+    return spec.deterministic or seen <= FEW_KEYS[spec.head_dim]
+
+
 class Workspace(NamedTuple):
-    """What the three kernels of a backward hand to one another, each sequence's rows beginning on a multiple of `block`.
+    """What the kernels of a backward hand to one another, each sequence's rows beginning on a multiple of `block`.
 
     Attributes:
-        masked: seqlen_k, left and right, by which the kernels before and after know the tiles that a block of rows meets.
+        cu_seqlens: of the queries and of the keys.
         lse_log2, dp_start: (heads, rows) fp32: lse in base 2; what dP starts at, -delta (+ dlse).
-        dq_acc: (heads, rows, head_dim) fp32, in the order of accumulators in registers.
-        turns: (heads, rows / block) int32, whose turn it is to add to dq; None where the order is free.
-        programs, constants: of the kernels before and after.
+        dq_acc: (heads, rows, head_dim) fp32, in the order of accumulators in registers; None where nothing is added up.
     """
 
     spec: AttentionSpec
@@ -123,48 +156,81 @@ class Workspace(NamedTuple):
     block: int
     batch: int
     seqlen: int
-    masked: tuple[int, int, int]
     rows: int
     lse_log2: torch.Tensor
     dp_start: torch.Tensor
-    dq_acc: torch.Tensor
-    turns: torch.Tensor | None
-    programs: tuple[int, int]
-    constants: dict
+    dq_acc: torch.Tensor | None
 
     @classmethod
-    def of(cls, spec: AttentionSpec, q: torch.Tensor, cu_seqlens_q, cu_seqlens_k, tiles: Tiles, config) -> Workspace:
+    def of(cls, spec: AttentionSpec, q: torch.Tensor, cu_seqlens, config: dict) -> Workspace:
         block = config["BLOCK_M"]
-        batch, seqlen = (cu_seqlens_q.numel() - 1, q.shape[0]) if spec.varlen else q.shape[:2]
+        batch, seqlen = (cu_seqlens[0].numel() - 1, q.shape[0]) if spec.varlen else q.shape[:2]
         rows = padded_rows(batch, seqlen, block, spec.varlen)
         float32 = dict(dtype=torch.float32, device=q.device)
         lse_log2, dp_start = torch.empty((2, spec.num_heads, rows), **float32)
-        dq_acc = torch.empty((spec.num_heads, rows, spec.head_dim), **float32)
-        turns = None
-        if spec.deterministic:
-            turns = torch.zeros((spec.num_heads, rows // block), dtype=torch.int32, device=q.device)
-        programs = rows // block, spec.num_heads
-        constants = dict(HEAD_DIM=spec.head_dim, BLOCK=block, KEYS=config["BLOCK_N"], **tiles.constants)
-        return cls(spec, (cu_seqlens_q, cu_seqlens_k), block, batch, seqlen, (tiles.seqlen_k, *spec.band), rows, lse_log2,
-                   dp_start, dq_acc, turns, programs, constants)  # fmt: skip
+        dq_acc = torch.empty((spec.num_heads, rows, spec.head_dim), **float32) if config["WITH_DQ"] else None
+        return cls(spec, cu_seqlens, block, batch, seqlen, rows, lse_log2, dp_start, dq_acc)
+
+    @property
+    def programs(self) -> tuple[int, int]:
+        """Of the kernels before and after."""
+        return self.rows // self.block, self.spec.num_heads
 
     def describe_rows(self, x: torch.Tensor) -> Descriptor:
         return Descriptor(x, [self.spec.num_heads, self.rows], [self.rows, 1], [1, self.block])
 
 
-def _prepare(space: Workspace, out, dout, lse, dlse) -> None:
+def _prepare(space: Workspace, mask: tuple[int, int, int], constants: dict, out, dout, lse, dlse) -> None:
     launch(
         prepare_kernel,
         space.programs,
         out.dtype,
         (out, dout, lse, dlse, space.lse_log2, space.dp_start, space.dq_acc, *space.cu_seqlens, *strides(out),
-         *strides(dout), space.spec.num_heads, space.batch, space.seqlen, *space.masked, space.rows),
-        dict(**space.constants, HAS_DLSE=dlse is not None),
+         *strides(dout), space.spec.num_heads, space.batch, space.seqlen, *mask, space.rows),
+        dict(**constants, HAS_DLSE=dlse is not None),
     )  # fmt: skip
 
 
-def _add_up(space: Workspace, tiles: Tiles, share: int, config: dict, q, k, v, dout, dq, dk, dv) -> None:
-    """dk and dv; dq, or dq_acc."""
+def _dq(space: Workspace, q, k, v, dout, out, lse, dlse, dq) -> None:
+    """dq; and lse_log2 and dp_start."""
+    spec, config = space.spec, DQ[space.spec.head_dim]
+    tiles = Tiles(spec, q, k, *space.cu_seqlens, config["BLOCK_M"], queries=True)
+    rows = config["BLOCK_M"] // 2
+    launch(
+        dq_kernel,
+        tiles.programs,
+        q.dtype,
+        (
+            describe(q, rows),
+            describe(k, config["BLOCK_N"]),
+            describe(v, config["BLOCK_N"]),
+            describe(dout, rows),
+            describe(out, rows),
+            describe(dq, rows),
+            lse,
+            dlse,
+            space.lse_log2,
+            space.dp_start,
+            *tiles.arguments,
+            space.rows,
+            spec.softmax_scale,
+            spec.softmax_scale * LOG2E,
+            spec.group_size,
+        ),
+        dict(
+            D=spec.head_dim,
+            BLOCK_M=config["BLOCK_M"],
+            BLOCK_N=config["BLOCK_N"],
+            STAGES=config["STAGES"],
+            **tiles.constants,
+            HAS_DLSE=dlse is not None,
+            REGS=config["REGS"],
+        ),
+    )
+
+
+def _dk_dv(space: Workspace, tiles: Tiles, config: dict, share: int, q, k, v, dout, dq, dk, dv) -> None:
+    """dk and dv; WITH_DQ: also dq, or dq_acc."""
     block, keys, spec = space.block, config["BLOCK_N"] // 2, space.spec
     launch(
         backward_kernel,
@@ -181,11 +247,9 @@ def _add_up(space: Workspace, tiles: Tiles, share: int, config: dict, q, k, v, d
             dq,
             dk,
             dv,
-            *tiles.arguments[:2],
-            space.lse_log2 if space.turns is None else space.turns,  # a pointer there must be, read or not
-            *tiles.arguments[2:],
+            *tiles.arguments,
             space.rows,
-            *strides(dq),
+            *(strides(dq) if config["WITH_DQ"] else (0, 0, 0)),
             spec.softmax_scale,
             spec.softmax_scale * LOG2E,
             tiles.group,
@@ -198,21 +262,21 @@ def _add_up(space: Workspace, tiles: Tiles, share: int, config: dict, q, k, v, d
             STAGES=config["STAGES"],
             EARLY=config["EARLY"],
             **tiles.constants,
-            DETERMINISTIC=spec.deterministic,
+            WITH_DQ=config["WITH_DQ"],
             REGS=config["REGS"],
             DQ_REGS=config["DQ_REGS"],
         ),
     )
 
 
-def _finish(space: Workspace, dq) -> None:
+def _finish(space: Workspace, mask: tuple[int, int, int], constants: dict, dq) -> None:
     launch(
         finish_kernel,
         space.programs,
         dq.dtype,
-        (space.dq_acc, dq, *space.cu_seqlens, *strides(dq), space.batch, space.seqlen, *space.masked, space.rows,
+        (space.dq_acc, dq, *space.cu_seqlens, *strides(dq), space.batch, space.seqlen, *mask, space.rows,
          space.spec.softmax_scale),
-        space.constants,
+        constants,
     )  # fmt: skip
 
 
@@ -233,7 +297,7 @@ class Tiles:
         group: query heads of one tile.
     """
 
-    def __init__(self, spec, x, other, cu_seqlens, cu_seqlens_other, block, queries):
+    def __init__(self, spec, x, other, cu_seqlens, cu_seqlens_other, block, queries, group=None):
         left, right = spec.band
         counter = tile_counter(x.device)
         length, length_other = (x.shape[0], other.shape[0]) if spec.varlen else (x.shape[1], other.shape[1])
@@ -242,8 +306,9 @@ class Tiles:
         unequal = spec.varlen or (has_right and not (queries and has_left))
         batch = cu_seqlens.numel() - 1 if spec.varlen else x.shape[0]
         self.keys = length_other // max(batch, 1) if spec.varlen else length_other
-        # forward a tile is of a query head; backward of a kv head, or of a query head if tiles differ much in length
-        self.group = 1 if queries or (unequal and not (spec.varlen and self.keys <= SHORT)) else spec.group_size
+        # a tile of queries is of a query head; one of keys of a kv head, or, with dq added up in memory, of a query head
+        # where tiles differ much in length
+        self.group = group or (1 if queries or unequal else spec.group_size)
         heads = spec.num_heads // self.group
         if spec.varlen:
             tiles = length // block + batch + 1  # at most: the kernel reads the number from the schedule
@@ -259,10 +324,12 @@ class Tiles:
         else:
             schedule = counter
             num_tiles, most = batch * heads * -(-length // block), batch * heads
-        # of the other side: K and V forward; Q, dO and dQ backward
-        bytes_of_head = length_other * spec.head_dim * (4 if queries else 8 * self.group)
+        # of the other side: K and V; Q, dO and, added up in memory, dQ in fp32
+        bytes_of_head = length_other * spec.head_dim * (4 if queries or group else 8) * (1 if queries else self.group)
         if queries:
             section, sections = forward_sections(most, bytes_of_head, spec.group_size, unequal, spec.varlen)
+        elif group and spec.varlen:
+            section, sections = most, 1
         else:
             section, sections = backward_sections(most, bytes_of_head, unequal)
         self.programs = min(multiprocessors(x.device), num_tiles)

@@ -156,6 +156,34 @@ def masked_first(i, lo, full_lo, full_hi, hi):
 
 
 @gluon.jit
+def mask(s, rows, col, offset, seqlen_k, left, right, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
+    """s with the hidden columns at -inf. rows: of s, in the sequence; col: the block's first column."""
+    # In an MMA layout bits 1 and 2 of the column come from the lane and the others from the register's number: split so,
+    # the compares are against immediates, and no column number needs a register.
+    cols = gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
+    lane = (cols & 6)[None, :]
+    number = (cols & -7)[None, :]
+    last = seqlen_k - 1 - col
+    if HAS_RIGHT:
+        limit = gl.minimum(rows + (offset + right - col), last)[:, None]
+        s = gl.where(number <= limit - lane, s, -float("inf"))
+    else:
+        s = gl.where(number <= last - lane, s, -float("inf"))
+    if HAS_LEFT:
+        s = gl.where(number >= (rows + (offset - left - col))[:, None] - lane, s, -float("inf"))
+    return s
+
+
+@gluon.jit
+def padded_row(sequence, start, seqlen, BLOCK: gl.constexpr, VARLEN: gl.constexpr):
+    """The first row of a sequence in the workspaces, where each begins on a multiple of BLOCK."""
+    if VARLEN:
+        return (start // BLOCK + sequence) * BLOCK
+    else:
+        return sequence * ((seqlen + BLOCK - 1) // BLOCK * BLOCK)
+
+
+@gluon.jit
 def next_tile(counter, num_tiles):
     """The next tile that nobody has; the program that draws the last number sets the counter back to zero."""
     drawn = gl.atomic_add(counter, 1, sem="relaxed")  # else it would wait for all that has been written
