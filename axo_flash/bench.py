@@ -374,7 +374,8 @@ def _label(key) -> str:
     _, mask, _, seqlen, heads, kv_heads = key
     if _panel(key).startswith("head_dim"):
         return f"{seqlen}"
-    return f"{mask}\n" + (f"{seqlen}\n" if "documents" not in mask else "") + f"{heads}/{kv_heads} heads"
+    what = mask.replace(" ", "\n") if "documents" in mask else f"{mask}\n{seqlen}"
+    return f"{what}\n{heads}/{kv_heads} heads"
 
 
 def _tflops(rows) -> float:

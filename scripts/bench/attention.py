@@ -29,14 +29,16 @@ def main():
     else:
         if args.fa3:
             load(args.fa3)
-        cases = [
+        results = []
+        for case in (
+            *packed_cases(),
+            *model_cases(),
             *dense_cases((1024, 2048, 4096, 8192, 16384), (128,)),
             *dense_cases((1024, 4096, 16384), (64,)),
-            *model_cases(),
-            *packed_cases(),
-        ]
-        results = bench(cases, backends=args.backends, commit=args.commit)
-        write_csv(results, args.out / f"attention_{short_name(torch.cuda.get_device_name())}.csv")
+        ):
+            results += bench([case], backends=args.backends, commit=args.commit)
+            # after every case, as a lent GPU may be gone before the last one
+            write_csv(results, args.out / f"attention_{short_name(torch.cuda.get_device_name())}.csv")
     print(table(results))
 
 
