@@ -133,7 +133,7 @@ def in_two(spec: AttentionSpec, q, k, cu_seqlens_k) -> bool:
     a query sees few keys, and where these sums would have to come in one order."""
     rows, keys = (q.shape[0], k.shape[0]) if spec.varlen else (q.shape[1], k.shape[1])
     if spec.varlen:
-        batch = cu_seqlens_k.numel() - 1
+        batch = max(cu_seqlens_k.numel() - 1, 1)
         rows, keys = rows // batch, keys // batch
     left, right = spec.band
     seen = keys if right < 0 else max(keys - rows // 2, keys // 2)
