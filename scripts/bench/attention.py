@@ -37,7 +37,7 @@ def main():
             *dense_cases((1024, 4096, 16384), (64,)),
         ):
             results += bench([case], backends=args.backends, commit=args.commit)
-            # after every case, as a lent GPU may be gone before the last one
+            # after every case, as a rented GPU may be gone before the last one
             write_csv(results, args.out / f"attention_{short_name(torch.cuda.get_device_name())}.csv")
     print(table(results))
 

@@ -7,8 +7,9 @@ import re
 import gluon_interpreter
 import pytest
 import torch
-from attention_cases import Case, check
+from attention_cases import Case, Inputs, check
 
+from axo_flash import flash_attn_func, flash_attn_varlen_func
 from axo_flash.kernels import hopper
 from axo_flash.kernels.hopper import launch
 from axo_flash.ops import _choice
@@ -85,6 +86,29 @@ def test_kernels_compute_what_they_should(machine, case, kernels):
     machine(seed=1, kernels=kernels)
     check(case, "hopper", "cpu")
     assert counters_left() == []
+
+
+@pytest.mark.parametrize("kernels", [ONE, TWO])
+@pytest.mark.parametrize("case", [CASES[2], CASES[4]], ids=str)
+def test_gradient_of_lse(machine, case, kernels):
+    """As the reference's, to the rounding of fp16 and bf16."""
+    machine(seed=2, kernels=kernels)
+    inputs = Inputs(case, "cpu")
+    options = dict(causal=True, return_attn_probs=True)
+    gradients = {}
+    for backend in ("hopper", "reference"):
+        leaves = inputs.leaves()
+        if case.lengths:
+            longest = (max(pair[i] for pair in case.lengths) for i in (0, 1))
+            out, lse, _ = flash_attn_varlen_func(*leaves, *inputs.cu, *longest, backend=backend, **options)
+        else:
+            out, lse, _ = flash_attn_func(*leaves, backend=backend, **options)
+        seen = lse > -torch.inf
+        dlse = torch.randn(lse.shape, generator=torch.Generator().manual_seed(3))
+        loss = (out * inputs.dout.nan_to_num()).sum() + (lse[seen] * dlse[seen]).sum()
+        gradients[backend] = torch.autograd.grad(loss, leaves)
+    for got, want in zip(gradients["hopper"], gradients["reference"], strict=True):
+        assert (got - want).float().norm() < torch.finfo(got.dtype).eps * want.float().norm()
 
 
 def random_case(r: random.Random) -> Case:
